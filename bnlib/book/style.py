@@ -1,0 +1,122 @@
+"""One look for every figure of the book.
+
+Figures are SVG on a transparent ground. Lines, text and axes use colors whose contrast is at
+least 3:1 against the white *and* the dark page (text 3.9:1), so one file serves both. The hues
+differ in lightness order as well as in hue and stay apart for the common color deficiencies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.animation
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+INK = "#7a7a7a"
+BLUE, ORANGE, GREEN = "#1f83cc", "#d9650b", "#0b9a6d"
+PURPLE, PINK, OCHRE = "#8a6fd1", "#c566a0", "#9a7b1c"
+
+#: The same network has the same color in every chapter.
+COLORS = {
+    "bn": BLUE,
+    "plain": ORANGE,
+    "reference": INK,
+    "third": GREEN,
+    "fourth": PURPLE,
+    "fifth": PINK,
+    "sixth": OCHRE,
+}
+
+#: A diverging map (negative orange, zero transparent grey, positive blue) and a sequential one.
+DIVERGING = mpl.colors.LinearSegmentedColormap.from_list(
+    "bn_diverging", [ORANGE, "#e9c9ae", "#c9c9c9", "#b5d2ea", BLUE]
+)
+SEQUENTIAL = mpl.colormaps["viridis"]
+
+
+def use() -> None:
+    """Set matplotlib to the style of the book, for the rest of the session."""
+    set_matplotlib_formats("svg")
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.6),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "savefig.transparent": True,
+            "svg.hashsalt": "bnlib",
+            "font.size": 10.5,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "axes.titlecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "grid.color": INK,
+            "grid.alpha": 0.25,
+            "grid.linewidth": 0.6,
+            "axes.grid": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, PINK, OCHRE]),
+            "lines.linewidth": 1.8,
+            "legend.frameon": False,
+            "legend.labelcolor": INK,
+            "image.cmap": "viridis",
+            "animation.embed_limit": 6,
+            "animation.html": "jshtml",
+        }
+    )
+
+
+def label_line(
+    line: Line2D, text: str, *, where: float = 1.0, dx: float = 4, dy: float = 0
+) -> None:
+    """Write ``text`` beside a line, in the line's color, instead of in a legend.
+
+    Parameters
+    ----------
+    line
+        The line to label.
+    text
+        The label.
+    where
+        Fraction of the line's points (0 is its first point, 1 its last) to stand beside.
+    dx, dy
+        Offset from that point, in points.
+    """
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    index = round(where * (len(x) - 1))
+    axes = line.axes
+    assert isinstance(axes, Axes)
+    axes.annotate(
+        text,
+        (x[index], y[index]),
+        xytext=(dx, dy),
+        textcoords="offset points",
+        color=line.get_color(),
+        va="center",
+        ha="left" if dx >= 0 else "right",
+        annotation_clip=False,
+    )
+
+
+def animation_html(animation: matplotlib.animation.Animation, *, fps: int = 6) -> Any:
+    """Return an animation as HTML that plays in a static page, without any outside script.
+
+    The still figure is closed, so that the page shows the animation once.
+    """
+    from IPython.display import HTML
+
+    html = animation.to_jshtml(fps=fps, default_mode="loop")
+    plt.close("all")
+    return HTML(html)
