@@ -13,6 +13,7 @@ import matplotlib as mpl
 import matplotlib.animation
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -67,7 +68,7 @@ def use() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.axisbelow": True,
-            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, PINK, OCHRE]),
+            "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PURPLE, PINK, OCHRE]),
             "lines.linewidth": 1.8,
             "legend.frameon": False,
             "legend.labelcolor": INK,

@@ -1,0 +1,182 @@
+"""The arithmetic of batch normalization in as few trips to memory as tensor operations allow.
+
+What is traded: `bnlib.functional` says the same in the paper's words and is the place to read.  This
+file computes it for `batch_norm` at the speed of a hand-written kernel, by three devices.
+
+Blocks.  A large tensor does not fit into the cache, and a temporary of its size costs more in fresh
+    pages than the arithmetic on it.  Every loop here goes over blocks that stay in the cache, and
+    the temporaries of one block serve the next.  (A GPU takes the whole tensor as one block.)
+
+One view for two layouts.  A tensor stored channel by channel is read as (N, C, pixels), one stored
+    with its channels last as (N * pixels, C, 1).  Such a view is called ``rows`` below.
+
+A pivot where it is needed.  E[x^2] - E[x]^2 loses the digits of mean^2 / var.  Where that ratio is
+    at most ``_SAFE_RATIO`` in every channel, one pass over x gives mean and variance, and
+    ``x * scale + shift`` is as good as ``(x - mean) * scale``.  Otherwise ``x - pivot`` takes the
+    place of x in every formula, with the mean as the pivot: the two-pass algorithm, corrected for
+    the rounding of the mean.  A look at the ratio would make a GPU wait; there it is always taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gradients", "Moments", "affine", "gradients", "moments", "wide_dtype"]
+
+_BLOCK = 2**16  # elements of a block, for each thread
+_SAFE_RATIO = 64.0
+
+
+class Moments(NamedTuple):
+    """Mean, as pivot + residual, and biased variance of each channel; without a pivot it is 0."""
+
+    pivot: Tensor | None
+    residual: Tensor
+    var: Tensor
+
+
+class Gradients(NamedTuple):
+    """Derivatives of the loss with respect to x, gamma and beta."""
+
+    x: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float32 for the half-precision types, else the type itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def moments(x: Tensor) -> Moments:
+    """Mean and biased variance of each channel of `x`, which has at least one value in each."""
+    rows = _rows(x, _channels_last(x))
+    m = rows.shape[0] * rows.shape[2]
+    if x.device.type == "cpu":
+        mean, square = _sums(rows, None) / m
+        var = square - mean.square()
+        # Written so that an overflow of the squares (NaN) also takes the careful way.
+        if bool((mean.square() <= _SAFE_RATIO * var).all()):
+            return Moments(None, mean, var)
+    else:
+        mean = rows.mean((0, 2), dtype=wide_dtype(x.dtype))
+    residual, square = _sums(rows, mean) / m
+    return Moments(mean, residual, (square - residual.square()).clamp_(min=0))
+
+
+def affine(x: Tensor, pivot: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """``(x - pivot) * scale + shift`` in the type and layout of `x`."""
+    channels_last = _channels_last(x)
+    result = _empty(x, channels_last)
+    rows, out = _rows(x, channels_last), _rows(result, channels_last)
+    size, buffer = _buffer(rows)
+    for block, target in zip(rows.split(size), out.split(size), strict=True):
+        centered = _load(block, pivot, buffer)
+        if target.dtype == buffer.dtype:
+            _multiply_add(centered, scale, shift, target)
+        else:
+            target.copy_(_multiply_add(centered, scale, shift, buffer[: len(block)]))
+    return result
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    pivot: Tensor | None,
+    residual: Tensor,
+    inv_std: Tensor,
+    gamma: Tensor,
+) -> Gradients:
+    """The compact derivative.
+
+    With ``x_hat = (d - residual) * inv_std`` and ``d = x - pivot``, the derivative with respect to
+    x, ``gamma * inv_std * (g - mean(g) - x_hat * mean(g * x_hat))``, is ``slope * d + level +
+    scale * g`` with three numbers a channel.
+    """
+    channels_last = _channels_last(x)
+    result = _empty(x, channels_last)
+    rows, upstream, out = (_rows(t, channels_last) for t in (x, grad_y, result))
+    m = rows.shape[0] * rows.shape[2]
+
+    grad_beta, products = _sums(rows, pivot, upstream)
+    grad_gamma = (products - residual * grad_beta) * inv_std
+    scale = gamma * inv_std
+    slope = -scale * inv_std * grad_gamma / m
+    level = -scale * grad_beta / m - slope * residual
+
+    size, buffer = _buffer(rows)
+    other = torch.empty_like(buffer)
+    for block, g, target in zip(*(t.split(size) for t in (rows, upstream, out)), strict=True):
+        total = target if target.dtype == buffer.dtype else buffer[: len(block)]
+        _multiply_add(_load(block, pivot, buffer), slope, level, total)
+        g = _load(g, None, other)
+        if _one_step(g):
+            total.addcmul_(g, scale[:, None])
+        else:
+            total.add_(torch.mul(g, scale[:, None], out=other[: len(block)]))
+        if total is not target:
+            target.copy_(total)
+    return Gradients(result, grad_gamma, grad_beta)
+
+
+def _sums(rows: Tensor, pivot: Tensor | None, other: Tensor | None = None) -> Tensor:
+    """The sums of w and of w * d for each channel, where d = x - pivot and w is d or `other`."""
+    size, buffer = _buffer(rows)
+    second = torch.empty_like(buffer)
+    blocks = rows.split(size)
+    weights = blocks if other is None else other.split(size)
+    sums = buffer.new_empty((2, len(blocks), rows.shape[1]))
+    for block, weight, total, product in zip(blocks, weights, *sums, strict=True):
+        d = _load(block, pivot, buffer)
+        w = d if other is None else _load(weight, None, second)
+        torch.sum(w, (0, 2), out=total)
+        torch.sum(torch.mul(w, d, out=buffer[: len(block)]), (0, 2), out=product)
+    return sums.sum(1)
+
+
+def _multiply_add(d: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    if _one_step(d):
+        return torch.addcmul(shift[:, None], d, scale[:, None], out=out)
+    return torch.mul(d, scale[:, None], out=out).add_(shift[:, None])
+
+
+def _one_step(block: Tensor) -> bool:
+    """Whether addcmul is fast: on the CPU it is not where the parameters repeat along pixels."""
+    return block.shape[2] == 1 or block.device.type != "cpu"
+
+
+def _load(block: Tensor, pivot: Tensor | None, buffer: Tensor) -> Tensor:
+    """``block - pivot`` in the type of `buffer`, and in its memory unless `block` itself will do."""
+    if pivot is not None:
+        return torch.sub(block, pivot[:, None], out=buffer[: len(block)])
+    return block if block.dtype == buffer.dtype else buffer[: len(block)].copy_(block)
+
+
+def _buffer(rows: Tensor) -> tuple[int, Tensor]:
+    """How many rows make a block, and memory for one block in the type to compute in."""
+    size = max(1, len(rows))
+    if rows.device.type == "cpu":
+        row = max(1, rows.shape[1] * rows.shape[2])
+        size = min(size, max(1, _BLOCK * torch.get_num_threads() // row))
+    return size, rows.new_empty((size, *rows.shape[1:]), dtype=wide_dtype(rows.dtype))
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    n, c, *trailing = x.shape
+    if channels_last:
+        return x.movedim(1, -1).reshape(n * math.prod(trailing), c, 1)
+    return x.reshape(n, c, math.prod(trailing))
+
+
+def _empty(x: Tensor, channels_last: bool) -> Tensor:
+    """Memory for a result of the shape, type and layout of `x`."""
+    n, c, *trailing = x.shape
+    return x.new_empty((n, *trailing, c)).movedim(-1, 1) if channels_last else x.new_empty(x.shape)
