@@ -8,7 +8,13 @@ PYTHON ?= python3
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 BIN    := .venv/bin
 BOOK   := _build/book
+HTML   := _build/html
 NAMES  := $(patsubst chapters/%.ipynb,%,$(sort $(wildcard chapters/*.ipynb)))
+LEDGER := $(filter 15_claims,$(NAMES))
+MODULES := $(shell find bnlib -name '*.py')
+DATA   := $(shell find data)
+PAGES  := _config.yml _toc.yml references.bib _static $(wildcard _static/* chapters/*.md)
+EXECUTED = $(NAMES:%=$(BOOK)/chapters/%.ipynb)
 
 # Chapters run in parallel: share the cores between them, and never ask a terminal for anything.
 export OMP_NUM_THREADS ?= 1
@@ -29,3 +35,54 @@ env: .venv/.installed  ## the environment in .venv, exactly as requirements.lock
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
+book: env  ## the book in _build/html; executes only chapters that are out of date, JOBS at a time
+	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) chapters
+	@$(MAKE) --no-print-directory $(HTML)/.rendered
+	@echo "The book is in $(HTML)/index.html"
+
+# Execution.  The rules in depends.mk say which modules each chapter uses; make remakes them first.
+chapters: $(EXECUTED)
+
+ifneq ($(filter chapters,$(MAKECMDGOALS)),)
+include _build/depends.mk
+endif
+
+_build/depends.mk: $(NAMES:%=chapters/%.ipynb) $(MODULES) | .venv/.installed
+	@mkdir -p $(@D)
+	@$(BIN)/python -m bnlib.book.depends $(BOOK)/chapters $(NAMES:%=chapters/%.ipynb) > $@.tmp
+	@mv $@.tmp $@
+
+$(BOOK)/chapters/%.ipynb: chapters/%.ipynb requirements.lock | .venv/.installed
+	@$(BIN)/python -m bnlib.book.execute $< $@
+
+# The ledger gathers what all the other chapters have measured.
+$(LEDGER:%=$(BOOK)/chapters/%.ipynb): $(filter-out $(LEDGER:%=$(BOOK)/chapters/%.ipynb),$(EXECUTED))
+
+# Rendering, from a folder that holds the executed chapters beside copies of the other pages.
+$(HTML)/.rendered: $(EXECUTED) $(PAGES) $(MODULES) requirements.lock
+	@rm -rf $(BOOK)/_static
+	@cp -Rp _config.yml _toc.yml references.bib _static $(BOOK)
+	@cp -p chapters/*.md $(BOOK)/chapters
+	$(BIN)/jupyter-book build -W -n --keep-going --all --path-output . $(BOOK)
+	@touch $@
+
+run: env  ## CHAPTER=10_mnist P="steps=2000 seed=1": one chapter with your parameters, to _build/run
+	@$(BIN)/python -m bnlib.book.execute "chapters/$(CHAPTER).ipynb" "_build/run/$(CHAPTER).ipynb" --parameters "$${P-}"
+	@echo "Executed: _build/run/$(CHAPTER).ipynb"
+
+test: env  ## every test; those that read the rendered book need `make book` and Chromium
+	$(BIN)/python -m pytest
+
+bench: env  ## every script in benchmarks, one after another
+	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+lint: env  ## formatting, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+lock: env  ## resolve pyproject.toml again into requirements.lock
+	$(BIN)/python -m uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header --output-file requirements.lock
+
+clean:  ## remove what was built; the environment stays
+	rm -rf _build

@@ -25,7 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "Moments", "affine", "gradients", "moments", "wide_dtype"]
+from bnlib._channels import wide_dtype
+
+__all__ = ["Gradients", "Moments", "affine", "gradients", "moments", "pivot"]
 
 _BLOCK = 2**16  # elements of a block, for each thread
 _SAFE_RATIO = 64.0
@@ -47,11 +49,6 @@ class Gradients(NamedTuple):
     beta: Tensor
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute in: float32 for the half-precision types, else the type itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel of `x`, which has at least one value in each."""
     rows = _rows(x, _channels_last(x))
@@ -59,13 +56,20 @@ def moments(x: Tensor) -> Moments:
     if x.device.type == "cpu":
         mean, square = _sums(rows, None) / m
         var = square - mean.square()
-        # Written so that an overflow of the squares (NaN) also takes the careful way.
-        if bool((mean.square() <= _SAFE_RATIO * var).all()):
+        if pivot(mean, var)[0] is None:
             return Moments(None, mean, var)
     else:
         mean = rows.mean((0, 2), dtype=wide_dtype(x.dtype))
     residual, square = _sums(rows, mean) / m
     return Moments(mean, residual, (square - residual.square()).clamp_(min=0))
+
+
+def pivot(mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor]:
+    """`mean` as pivot + residual: all residual where it is safe not to have a pivot."""
+    # So written that NaN, from squares that overflow, takes the careful way.
+    if mean.device.type == "cpu" and bool((mean.square() <= _SAFE_RATIO * var).all()):
+        return None, mean
+    return mean, torch.zeros_like(mean)
 
 
 def affine(x: Tensor, pivot: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:

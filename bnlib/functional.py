@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib._fast import BatchNormFunction
+from bnlib._autograd import InferenceTransform, TrainingTransform
+from bnlib._channels import batch_axes, center, per_channel, wide_dtype
 
 __all__ = [
     "BatchNormForward",
@@ -56,27 +57,6 @@ class BatchNormSteps(NamedTuple):
     beta: Tensor
 
 
-def _batch_axes(x: Tensor) -> list[int]:
-    return [axis for axis in range(x.ndim) if axis != 1]
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (x.ndim - 2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centered values, mean and biased variance; no cancellation however large the mean."""
-    pivot = x.detach().mean(_batch_axes(x))
-    centered = x - _per_channel(pivot, x)
-    residual = centered.mean(_batch_axes(x))
-    centered = centered - _per_channel(residual, x)
-    return centered, pivot + residual, centered.square().mean(_batch_axes(x))
-
-
 def batch_norm(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -91,22 +71,26 @@ def batch_norm_with_statistics(
     if torch.compiler.is_compiling():
         result = batch_norm_forward(x, gamma, beta, eps)
         return result.y, result.mean.detach(), result.var.detach()
-    y, mean, _, var, _ = BatchNormFunction.apply(x, gamma, beta, eps)
-    return y, mean, var
+    vector = x.new_ones(x.shape[1], dtype=wide_dtype(x.dtype))
+    gamma = vector if gamma is None else gamma
+    beta = torch.zeros_like(vector) if beta is None else beta
+    y, pivot, residual, var, _ = TrainingTransform.apply(x, gamma, beta, eps)
+    return y, residual if pivot is None else pivot + residual, var
 
 
 def batch_norm_forward(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> BatchNormForward:
     """Algorithm 1, with everything it computes on the way."""
-    centered, mean, var = _statistics(_wide(x))
+    centered, mean = center(x)
+    var = centered.square().mean(batch_axes(x))
     inv_std = torch.rsqrt(var + eps)
-    x_hat = centered * _per_channel(inv_std, x)
+    x_hat = centered * per_channel(inv_std, x)
     y = x_hat
     if gamma is not None:
-        y = y * _per_channel(gamma, x)
+        y = y * per_channel(gamma, x)
     if beta is not None:
-        y = y + _per_channel(beta, x)
+        y = y + per_channel(beta, x)
     return BatchNormForward(y.to(x.dtype), x_hat, mean, var, inv_std)
 
 
@@ -114,14 +98,14 @@ def batch_norm_backward(
     grad_y: Tensor, x_hat: Tensor, inv_std: Tensor, gamma: Tensor | None = None
 ) -> BatchNormGradients:
     """The derivative in its compact form."""
-    axes = _batch_axes(x_hat)
+    axes = batch_axes(x_hat)
     g = grad_y.to(x_hat.dtype)
     m = x_hat.numel() // max(x_hat.shape[1], 1)
     grad_gamma = (g * x_hat).sum(axes)
     grad_beta = g.sum(axes)
     scale = inv_std if gamma is None else gamma * inv_std
-    grad_x = _per_channel(scale, x_hat) * (
-        g - _per_channel(grad_beta / m, x_hat) - x_hat * _per_channel(grad_gamma / m, x_hat)
+    grad_x = per_channel(scale, x_hat) * (
+        g - per_channel(grad_beta / m, x_hat) - x_hat * per_channel(grad_gamma / m, x_hat)
     )
     return BatchNormGradients(grad_x.to(grad_y.dtype), grad_gamma, grad_beta)
 
@@ -130,19 +114,20 @@ def batch_norm_backward_steps(
     grad_y: Tensor, x: Tensor, gamma: Tensor | None = None, eps: float = 1e-5
 ) -> BatchNormSteps:
     """The derivative line by line, as section 3 of the paper prints it."""
-    axes = _batch_axes(x)
+    axes = batch_axes(x)
     m = x.numel() // max(x.shape[1], 1)
-    g = _wide(grad_y)
-    centered, _, var = _statistics(_wide(x))
-    root = _per_channel(torch.sqrt(var + eps), x)
+    centered, _ = center(x)
+    var = centered.square().mean(axes)
+    g = grad_y.to(centered.dtype)
+    root = per_channel(torch.sqrt(var + eps), x)
 
-    grad_x_hat = g if gamma is None else g * _per_channel(gamma, x)
+    grad_x_hat = g if gamma is None else g * per_channel(gamma, x)
     grad_var = (grad_x_hat * centered * -0.5 * root**-3).sum(axes)
     grad_mean = (grad_x_hat * -1 / root).sum(axes) + grad_var * (-2 * centered).sum(axes) / m
     grad_x = (
         grad_x_hat / root
-        + _per_channel(grad_var, x) * 2 * centered / m
-        + _per_channel(grad_mean, x) / m
+        + per_channel(grad_var, x) * 2 * centered / m
+        + per_channel(grad_mean, x) / m
     )
     grad_gamma = (g * centered / root).sum(axes)
     grad_beta = g.sum(axes)
@@ -160,11 +145,11 @@ def batch_norm_inference(
     eps: float = 1e-5,
 ) -> Tensor:
     """Algorithm 2, line 11: the fixed affine transform with population statistics."""
-    wide = _wide(x)
+    wide = x.to(wide_dtype(x.dtype))
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma
-    y = (wide - _per_channel(mean, x)) * _per_channel(scale, x)
+    y = (wide - per_channel(mean, x)) * per_channel(scale, x)
     if beta is not None:
-        y = y + _per_channel(beta, x)
+        y = y + per_channel(beta, x)
     return y.to(x.dtype)

@@ -23,7 +23,7 @@ EXPERIMENT = "mnist-figure1"
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 WEIGHT_STDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 THRESHOLDS = (0.0, 0.25, 0.75)
-#: Chosen from the sweep: ``slow`` is where the curves have the shape of the paper's Figure 1a;
+#: Two points of the sweep. ``slow`` is where the curves have the shape of the paper's Figure 1a;
 #: ``best`` is where the network *without* normalization ends highest.
 SETTINGS = {
     "slow": {"learning_rate": 0.1, "weight_std": 0.1},

@@ -14,7 +14,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bnlib.runs import data_folder
 
 MIME = "application/vnd.bnlib.claim+json"
 HOW = ("live", "recorded", "quoted")
+#: The verdicts that a row of the ledger may carry.
 VERDICTS = (
     "reproduced",
     "reproduced in miniature",
@@ -30,6 +31,8 @@ VERDICTS = (
     "disputed since",
     "quoted only",
 )
+#: What stands in the place of a verdict when no executed chapter has measured the claim.
+NOT_MEASURED = "not measured in this build"
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -106,13 +109,19 @@ class Measurement:
         row = self.claim
         text = f"{row.claim} Measured: {row.measure} = {self.measured:.4g} ({row.predicate})."
         page = (
-            f'<div class="bn-claim"><span class="bn-verdict">{html.escape(row.verdict)}</span> '
+            f'<div class="bn-claim">{badge(row.verdict)} '
             f"{html.escape(row.claim)} <span class='bn-measured'>Measured: "
             f"{html.escape(row.measure)} = <strong>{self.measured:.4g}</strong>, "
             f"required {html.escape(row.predicate)}.</span></div>"
         )
         payload = {"id": row.id, "measured": self.measured, "note": self.note}
         return {MIME: payload, "text/html": page, "text/plain": text}
+
+
+def badge(verdict: str) -> str:
+    """A verdict as HTML; the book's style sheet colors it by its ``data-verdict``."""
+    text = html.escape(verdict)
+    return f'<span class="bn-verdict" data-verdict="{text}">{text}</span>'
 
 
 def _decide(predicate: str, measured: float) -> bool:
@@ -222,3 +231,26 @@ def gather(notebooks: Iterable[Path]) -> dict[str, Found]:
                     raise ValueError(f"{path.name}: claim {payload['id']!r} is not in the ledger")
                 found.setdefault(payload["id"], Found(**payload, chapter=path.stem))
     return found
+
+
+def verdict(claim: Claim, found: Mapping[str, Found]) -> str:
+    """The verdict on a claim, given what the executed chapters have measured.
+
+    Parameters
+    ----------
+    claim
+        A row of the ledger.
+    found
+        What :func:`gather` returned.
+
+    Returns
+    -------
+    str
+        One of :data:`VERDICTS`, ``not reproduced`` if the measurement fails the predicate as it
+        stands now, or :data:`NOT_MEASURED`.
+    """
+    if claim.how == "quoted":
+        return claim.verdict
+    if claim.id not in found:
+        return NOT_MEASURED
+    return claim.verdict if claim.holds(found[claim.id].measured) else "not reproduced"

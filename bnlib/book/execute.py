@@ -75,8 +75,9 @@ def check(chapter: Path, parameters: Iterable[str] = ()) -> None:
     """
     if not chapter.is_file():
         known = ", ".join(sorted(path.stem for path in chapter.parent.glob("*.ipynb")))
+        name = chapter.name.removesuffix(".ipynb")
         raise ChapterError(
-            f"there is no chapter {chapter.stem!r} in {chapter.parent}/; known: {known or 'none'}"
+            f"there is no chapter {name!r} in {chapter.parent}/; known: {known or 'none'}"
         )
     known_parameters = inspect_notebook(chapter)
     for name in parameters:

@@ -7,6 +7,7 @@ differ in lightness order as well as in hue and stay apart for the common color 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import matplotlib as mpl
@@ -114,10 +115,12 @@ def label_line(
 def animation_html(animation: matplotlib.animation.Animation, *, fps: int = 6) -> Any:
     """Return an animation as HTML that plays in a static page, without any outside script.
 
-    The still figure is closed, so that the page shows the animation once.
+    The still figure is closed, so that the page shows the animation once. matplotlib asks another
+    host for its buttons' icons; that request is taken out, as the pages and Jupyter have them.
     """
     from IPython.display import HTML
 
     html = animation.to_jshtml(fps=fps, default_mode="loop")
+    html = re.sub(r"<link\b[^>]*>", "", html)
     plt.close("all")
     return HTML(html)
