@@ -59,11 +59,13 @@ $(BOOK)/chapters/%.ipynb: chapters/%.ipynb requirements.lock | .venv/.installed
 $(LEDGER:%=$(BOOK)/chapters/%.ipynb): $(filter-out $(LEDGER:%=$(BOOK)/chapters/%.ipynb),$(EXECUTED))
 
 # Rendering, from a folder that holds the executed chapters beside copies of the other pages.
+# In its mode `auto` Jupyter Book would execute again every chapter with a cell that prints nothing.
 $(HTML)/.rendered: $(EXECUTED) $(PAGES) $(MODULES) requirements.lock
 	@rm -rf $(BOOK)/_static
-	@cp -Rp _config.yml _toc.yml references.bib _static $(BOOK)
+	@cp -Rp _toc.yml references.bib _static $(BOOK)
+	@sed 's/execute_notebooks: auto/execute_notebooks: "off"/' _config.yml > $(BOOK)/_config.yml
 	@cp -p chapters/*.md $(BOOK)/chapters
-	$(BIN)/jupyter-book build -W -n --keep-going --all --path-output . $(BOOK)
+	$(BIN)/jupyter-book build -q -W -n --keep-going --all --path-output . $(BOOK)
 	@touch $@
 
 run: env  ## CHAPTER=10_mnist P="steps=2000 seed=1": one chapter with your parameters, to _build/run

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 
 from bnlib import _kernels
@@ -83,10 +84,12 @@ class TrainingTransform(Function):
         return *_TrainingDerivative.apply(grads[0], *ctx.saved_tensors, ctx.eps), None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, _: None) -> Any:
+    def jvp(
+        ctx: Any, dx: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, _: None
+    ) -> Any:
         x, gamma, pivot, residual, inv_std = ctx.saved_tensors
         dy = torch.zeros_like(x)
-        if dx is not None:  # the Jacobian of x -> y is symmetric: the backward map is the forward map
+        if dx is not None:  # dy/dx is symmetric: its transpose will do
             dy = _TrainingDerivative.apply(dx, x, gamma, pivot, residual, inv_std, ctx.eps)[0]
         if dgamma is not None:
             x_hat = center(x)[0] * per_channel(inv_std, x)
@@ -117,6 +120,10 @@ class _TrainingDerivative(Function):
         inv_std: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if is_legacy_batchedtensor(grad_y):  # `is_grads_batched` allows no writing into memory
+            plain = _Second(x, gamma, grad_y, eps)
+            grad_gamma = (plain.g * plain.x_hat).sum(plain.axes)
+            return plain.first(plain.g), grad_gamma, plain.g.sum(plain.axes)
         result = _kernels.gradients(grad_y, x, pivot, residual, inv_std, gamma)
         return result.x, result.gamma.to(gamma.dtype), result.beta.to(gamma.dtype)
 
@@ -198,7 +205,7 @@ class _Second:
         cv, cg = self.mean(v * self.x_hat), self.mean(self.g * self.x_hat)
         q = self.mean(v * pg)
         along_x = self.s * (a * pg - self.gamma * self.s * (cg * pv + cv * pg + q * self.x_hat))
-        return along_x, (self.m * self.s * q).flatten()
+        return along_x, (self.m * self.s * q).reshape(-1)
 
 
 class InferenceTransform(Function):

@@ -12,8 +12,10 @@ __all__ = [
     "center",
     "check_eps",
     "check_input",
-    "check_vector",
+    "check_like",
+    "check_population",
     "check_values",
+    "check_vector",
     "count",
     "per_channel",
     "wide_dtype",
@@ -61,9 +63,8 @@ def check_input(x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
     if x.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(
-            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, allowed are {allowed}; "
+            f"{name} has dtype {_name(x.dtype)}, allowed are {', '.join(map(_name, _DTYPES))}; "
             f"convert it first, for example with {name}.float()"
         )
     if not 2 <= x.ndim <= 5:
@@ -89,22 +90,55 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps is {eps}; it must be a positive, finite number, for example 1e-5")
 
 
-def check_vector(vector: Tensor | None, name: str, x: Tensor) -> None:
+def check_vector(vector: Tensor | None, name: str, x: Tensor, x_name: str = "x") -> None:
     """Refuse a per-channel vector that does not fit `x` in shape or type."""
     if vector is None:
         return
     if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, not {type(vector).__name__}")
-    if vector.shape != (x.shape[1],):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(vector).__name__}")
+    channels = x.shape[1]
+    if vector.shape != (channels,):
         raise ValueError(
-            f"{name} has shape {tuple(vector.shape)}, but x of shape {tuple(x.shape)} has "
-            f"{x.shape[1]} channels on axis 1; {name} must have shape ({x.shape[1]},)"
+            f"{name} has shape {tuple(vector.shape)}, but {x_name} of shape {tuple(x.shape)} has "
+            f"{channels} channels on axis 1; {name} must have shape ({channels},)"
         )
-    if vector.dtype not in (x.dtype, wide_dtype(x.dtype)):
-        wanted = " or ".join(
-            str(d).removeprefix("torch.") for d in dict.fromkeys((x.dtype, wide_dtype(x.dtype)))
-        )
+    if vector.dtype != x.dtype and vector.dtype != wide_dtype(x.dtype):
+        wanted = " or ".join(dict.fromkeys(map(_name, (x.dtype, wide_dtype(x.dtype)))))
         raise TypeError(
-            f"{name} has dtype {str(vector.dtype).removeprefix('torch.')}, but x has "
-            f"{str(x.dtype).removeprefix('torch.')}; {name} must be {wanted}"
+            f"{name} has dtype {_name(vector.dtype)}, but {x_name} has {_name(x.dtype)}; "
+            f"{name} must be {wanted}"
         )
+
+
+def check_like(tensor: Tensor, name: str, x: Tensor, x_name: str) -> None:
+    """Refuse a gradient that does not have the shape of its tensor."""
+    check_input(tensor, name)
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but {x_name} has {tuple(x.shape)}; "
+            "they must be the same"
+        )
+
+
+def check_population(mean: Tensor, var: Tensor) -> None:
+    """Refuse statistics that no data can have, where a look at the values costs nothing."""
+    if var.device.type != "cpu":
+        return
+    try:
+        sound = bool((mean.isfinite() & var.isfinite() & (var >= 0)).all())
+    except RuntimeError:  # values that cannot be looked at: under torch.func.vmap, or fake tensors
+        return
+    if not sound:
+        for name, values in (("mean", ~mean.isfinite()), ("var", ~(var.isfinite() & (var >= 0)))):
+            if bool(values.any()):
+                channel = int(values.int().argmax())
+                value = float((mean if name == "mean" else var)[channel])
+                raise ValueError(
+                    f"{name} of channel {channel} is {value}; population statistics must be "
+                    "finite, and variances not negative. Estimate them anew, for example with "
+                    "bnlib.population_statistics"
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

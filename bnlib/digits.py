@@ -97,6 +97,33 @@ def binarize(images: Tensor, threshold: float = 0.5) -> Tensor:
     return (images > 255 * threshold).float()
 
 
+def half_size(images: Tensor) -> Tensor:
+    """The image at half its resolution, each pixel the mean of four: 14x14 instead of 28x28.
+
+    A network on a quarter of the inputs trains several times faster; chapters that train dozens of
+    networks use it.
+
+    Parameters
+    ----------
+    images
+        uint8 intensities, ``(N, 784)``.
+
+    Returns
+    -------
+    Tensor
+        float32 of shape ``(N, 196)``, intensities 0 (paper) to 1 (ink).
+
+    Raises
+    ------
+    TypeError
+        If the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8 intensities 0..255, got {images.dtype}")
+    squares = images.view(-1, 1, 28, 28).float() / 255
+    return torch.nn.functional.avg_pool2d(squares, 2).flatten(1)
+
+
 def data_root() -> Path:
     """Where data sets are looked for and kept: ``$BNLIB_DATA``, else ``~/.cache/bnlib``."""
     named = os.environ.get("BNLIB_DATA")

@@ -1,8 +1,11 @@
 """Algorithm 1 of Ioffe & Szegedy (2015), its derivative, and the transform used at inference.
 
 Pure functions on tensors of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).  Axis 1
-holds the channels (the paper's activations or feature maps); statistics go over every other axis,
-so that a feature map shares one mean, one variance and one (gamma, beta) (section 3.2).
+holds the channels: the paper's activations, or its feature maps.  Statistics go over every other
+axis, so that a feature map has one mean, one variance and one (gamma, beta) (section 3.2).
+
+float16 and bfloat16 tensors are computed in float32; gamma, beta and population statistics may
+then be float32 or have the type of x.  Nothing here changes its arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +16,19 @@ import torch
 from torch import Tensor
 
 from bnlib._autograd import InferenceTransform, TrainingTransform
-from bnlib._channels import batch_axes, center, per_channel, wide_dtype
+from bnlib._channels import (
+    batch_axes,
+    center,
+    check_eps,
+    check_input,
+    check_like,
+    check_population,
+    check_values,
+    check_vector,
+    count,
+    per_channel,
+    wide_dtype,
+)
 
 __all__ = [
     "BatchNormForward",
@@ -29,110 +44,223 @@ __all__ = [
 
 
 class BatchNormForward(NamedTuple):
-    """What the training transform computes."""
+    """Everything Algorithm 1 computes; see `batch_norm_forward`."""
 
-    y: Tensor
-    x_hat: Tensor
-    mean: Tensor
-    var: Tensor
-    inv_std: Tensor
+    y: Tensor  #: output, shape and dtype of x
+    x_hat: Tensor  #: normalized values, shape of x
+    mean: Tensor  #: mini-batch mean, shape (C,)
+    var: Tensor  #: biased mini-batch variance, shape (C,)
+    inv_std: Tensor  #: 1 / sqrt(var + eps), shape (C,)
 
 
 class BatchNormGradients(NamedTuple):
-    """Derivatives of the loss."""
+    """Derivatives of the loss; see `batch_norm_backward`."""
 
-    x: Tensor
-    gamma: Tensor
-    beta: Tensor
+    x: Tensor  #: shape of x, dtype of the upstream gradient
+    gamma: Tensor  #: shape (C,)
+    beta: Tensor  #: shape (C,)
 
 
 class BatchNormSteps(NamedTuple):
     """Derivatives of the loss, one for each of the paper's six lines, in the paper's order."""
 
-    x_hat: Tensor
-    var: Tensor
-    mean: Tensor
-    x: Tensor
-    gamma: Tensor
-    beta: Tensor
+    x_hat: Tensor  #: shape of x
+    var: Tensor  #: shape (C,)
+    mean: Tensor  #: shape (C,)
+    x: Tensor  #: shape of x, dtype of the upstream gradient
+    gamma: Tensor  #: shape (C,)
+    beta: Tensor  #: shape (C,)
 
 
 def batch_norm(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """Normalize each channel over the mini-batch, then scale and shift it."""
+    """Normalize each channel over the mini-batch, then scale and shift it (Algorithm 1).
+
+    Gradients with respect to x, gamma and beta come from the closed form of section 3 (see
+    `batch_norm_backward`), and so do gradients of these gradients.  ``torch.func`` transforms
+    (``grad``, ``vmap``, ``jvp``, ``hessian`` ...) and ``torch.compile`` work.
+
+    Parameters
+    ----------
+    x
+        Mini-batch of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), of dtype float16,
+        bfloat16, float32 or float64, in any memory format.  An empty mini-batch gives an empty
+        result.
+    gamma, beta
+        Scale and shift of shape (C,), of the dtype of `x` (or float32 for a half-precision `x`).
+        None stands for ones and for zeros.
+    eps
+        The constant added to the variance, in squared units of `x`.
+
+    Returns
+    -------
+    torch.Tensor
+        y, with the shape and dtype of `x`.
+
+    Raises
+    ------
+    ValueError
+        If `x` has a shape not named above or a single value in each channel, if `gamma` or `beta`
+        is not of shape (C,), or if `eps` is not positive and finite.
+    TypeError
+        If an argument is no tensor, or its dtype is not named above.
+
+    Notes
+    -----
+    Memory: the graph keeps `x` and a few numbers for each channel.
+    """
     return batch_norm_with_statistics(x, gamma, beta, eps)[0]
 
 
 def batch_norm_with_statistics(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_norm`, with the mini-batch mean and biased variance (without derivative)."""
-    if torch.compiler.is_compiling():
+    """`batch_norm`, and the mini-batch statistics it used, as a layer with running averages needs.
+
+    Parameters and errors are those of `batch_norm`.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        y; the mean and the biased variance of each channel, of shape (C,), in float32 for a
+        half-precision `x` and detached: no gradient flows through these two.  Of an empty
+        mini-batch both are zero.
+    """
+    _check_training(x, gamma, beta, eps)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula better than the blocks
         result = batch_norm_forward(x, gamma, beta, eps)
         return result.y, result.mean.detach(), result.var.detach()
-    vector = x.new_ones(x.shape[1], dtype=wide_dtype(x.dtype))
-    gamma = vector if gamma is None else gamma
-    beta = torch.zeros_like(vector) if beta is None else beta
-    y, pivot, residual, var, _ = TrainingTransform.apply(x, gamma, beta, eps)
+    if x.numel() == 0:
+        nothing = x.new_zeros(x.shape[1], dtype=wide_dtype(x.dtype))
+        return _scale_and_shift(x, gamma, beta).to(x.dtype), nothing, nothing.clone()
+    y, pivot, residual, var, _ = TrainingTransform.apply(x, *_defaults(x, gamma, beta), eps)
     return y, residual if pivot is None else pivot + residual, var
 
 
 def batch_norm_forward(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> BatchNormForward:
-    """Algorithm 1, with everything it computes on the way."""
-    centered, mean = center(x)
-    var = centered.square().mean(batch_axes(x))
+    """Algorithm 1 line by line, with everything it computes on the way.
+
+    Made of ordinary tensor operations, so that autograd differentiates it by itself: the reference
+    for the closed forms.  `batch_norm` gives the same y faster.  Parameters and errors are those of
+    `batch_norm`.
+
+    Returns
+    -------
+    BatchNormForward
+        y, with the shape and dtype of `x`; x_hat, of the shape of `x`; mean, biased variance and
+        inverse standard deviation, of shape (C,).  All but y are float32 for a half-precision `x`.
+    """
+    _check_training(x, gamma, beta, eps)
+    centered, mean = center(x)  # mu_B and x - mu_B
+    var = centered.square().mean(batch_axes(x))  # sigma_B^2
     inv_std = torch.rsqrt(var + eps)
     x_hat = centered * per_channel(inv_std, x)
-    y = x_hat
-    if gamma is not None:
-        y = y * per_channel(gamma, x)
-    if beta is not None:
-        y = y + per_channel(beta, x)
+    y = _scale_and_shift(x_hat, gamma, beta)
     return BatchNormForward(y.to(x.dtype), x_hat, mean, var, inv_std)
 
 
 def batch_norm_backward(
     grad_y: Tensor, x_hat: Tensor, inv_std: Tensor, gamma: Tensor | None = None
 ) -> BatchNormGradients:
-    """The derivative in its compact form."""
-    axes = batch_axes(x_hat)
+    r"""The derivative of `batch_norm` in its compact form.
+
+    The paper's six lines, collected for :math:`g_i = \partial\ell / \partial y_i`:
+
+    .. math::
+
+        \frac{\partial\ell}{\partial x_i} = \frac{\gamma}{m \sqrt{\sigma_B^2 + \epsilon}}
+        \Big( m\, g_i - \sum_j g_j - \hat x_i \sum_j g_j \hat x_j \Big)
+
+    Parameters
+    ----------
+    grad_y
+        Derivative of the loss with respect to y, of the shape of `x_hat`.
+    x_hat, inv_std
+        As `batch_norm_forward` returns them.
+    gamma
+        The scale given to `batch_norm_forward`, of shape (C,); None stands for ones.
+
+    Returns
+    -------
+    BatchNormGradients
+        Derivatives with respect to x (of the dtype of `grad_y`), gamma and beta (of the dtype of
+        `x_hat`; also where they were None).
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match.
+    TypeError
+        If an argument is no tensor, or no floating-point one.
+    """
+    check_input(x_hat, "x_hat")
+    check_like(grad_y, "grad_y", x_hat, "x_hat")
+    check_vector(inv_std, "inv_std", x_hat, "x_hat")
+    check_vector(gamma, "gamma", x_hat, "x_hat")
+    axes, m = batch_axes(x_hat), max(count(x_hat), 1)
     g = grad_y.to(x_hat.dtype)
-    m = x_hat.numel() // max(x_hat.shape[1], 1)
     grad_gamma = (g * x_hat).sum(axes)
     grad_beta = g.sum(axes)
     scale = inv_std if gamma is None else gamma * inv_std
-    grad_x = per_channel(scale, x_hat) * (
-        g - per_channel(grad_beta / m, x_hat) - x_hat * per_channel(grad_gamma / m, x_hat)
-    )
+    along_x_hat = x_hat * per_channel(grad_gamma / m, x_hat)
+    grad_x = per_channel(scale, x_hat) * (g - per_channel(grad_beta / m, x_hat) - along_x_hat)
     return BatchNormGradients(grad_x.to(grad_y.dtype), grad_gamma, grad_beta)
 
 
 def batch_norm_backward_steps(
     grad_y: Tensor, x: Tensor, gamma: Tensor | None = None, eps: float = 1e-5
 ) -> BatchNormSteps:
-    """The derivative line by line, as section 3 of the paper prints it."""
-    axes = batch_axes(x)
-    m = x.numel() // max(x.shape[1], 1)
-    centered, _ = center(x)
-    var = centered.square().mean(axes)
-    g = grad_y.to(centered.dtype)
-    root = per_channel(torch.sqrt(var + eps), x)
+    """The derivative of `batch_norm` in the six lines that section 3 of the paper prints.
 
-    grad_x_hat = g if gamma is None else g * per_channel(gamma, x)
-    grad_var = (grad_x_hat * centered * -0.5 * root**-3).sum(axes)
-    grad_mean = (grad_x_hat * -1 / root).sum(axes) + grad_var * (-2 * centered).sum(axes) / m
+    Parameters
+    ----------
+    grad_y
+        Derivative of the loss with respect to y, of the shape of `x`.
+    x, gamma, eps
+        As given to `batch_norm`.
+
+    Returns
+    -------
+    BatchNormSteps
+        Derivatives with respect to x_hat, var, mean, x, gamma and beta: in float32 for a
+        half-precision `x`, but x of the dtype of `grad_y`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_norm`, and if `grad_y` does not have the shape of `x`.
+    """
+    _check_training(x, gamma, None, eps)
+    check_like(grad_y, "grad_y", x, "x")
+    axes, m = batch_axes(x), max(count(x), 1)
+    centered, _ = center(x)  # x_i - mu_B
+    root = torch.sqrt(centered.square().mean(axes) + eps)  # sqrt(sigma_B^2 + eps)
+    std = per_channel(root, x)
+    g = grad_y.to(centered.dtype)  # dl/dy_i
+
+    # dl/dx_hat_i = dl/dy_i gamma
+    grad_x_hat = _scale_and_shift(g, gamma, None)
+    # dl/dsigma_B^2 = sum_i dl/dx_hat_i (x_i - mu_B) (-1/2) (sigma_B^2 + eps)^(-3/2)
+    grad_var = (grad_x_hat * centered).sum(axes) * -0.5 * root**-3
+    # dl/dmu_B = (sum_i dl/dx_hat_i (-1) / sqrt(sigma_B^2 + eps))
+    #            + dl/dsigma_B^2 (sum_i -2 (x_i - mu_B)) / m        [the last sum is zero]
+    grad_mean = (grad_x_hat * -1 / std).sum(axes) + grad_var * (-2 * centered).sum(axes) / m
+    # dl/dx_i = dl/dx_hat_i / sqrt(sigma_B^2 + eps) + dl/dsigma_B^2 2 (x_i - mu_B) / m
+    #           + dl/dmu_B / m
     grad_x = (
-        grad_x_hat / root
+        grad_x_hat / std
         + per_channel(grad_var, x) * 2 * centered / m
         + per_channel(grad_mean, x) / m
     )
-    grad_gamma = (g * centered / root).sum(axes)
+    # dl/dgamma = sum_i dl/dy_i x_hat_i
+    grad_gamma = (g * centered / std).sum(axes)
+    # dl/dbeta = sum_i dl/dy_i
     grad_beta = g.sum(axes)
     return BatchNormSteps(
-        grad_x_hat, grad_var, grad_mean, grad_x.to(x.dtype), grad_gamma, grad_beta
+        grad_x_hat, grad_var, grad_mean, grad_x.to(grad_y.dtype), grad_gamma, grad_beta
     )
 
 
@@ -144,12 +272,65 @@ def batch_norm_inference(
     beta: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Algorithm 2, line 11: the fixed affine transform with population statistics."""
-    wide = x.to(wide_dtype(x.dtype))
-    scale = torch.rsqrt(var + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    y = (wide - per_channel(mean, x)) * per_channel(scale, x)
-    if beta is not None:
-        y = y + per_channel(beta, x)
-    return y.to(x.dtype)
+    """Scale and shift each channel with fixed statistics (Algorithm 2, line 11).
+
+    Every value is transformed by itself: the result does not depend on the rest of the batch, and
+    a single value in each channel is fine.  Differentiable, any number of times, in all tensors.
+
+    Parameters
+    ----------
+    x, gamma, beta, eps
+        As in `batch_norm`.
+    mean, var
+        Population mean and variance of shape (C,), of the dtype of `x` (or float32 for a
+        half-precision `x`).
+
+    Returns
+    -------
+    torch.Tensor
+        y, with the shape and dtype of `x`.
+
+    Raises
+    ------
+    ValueError
+        As `batch_norm`, and if `mean` or `var` holds NaN or infinity, or `var` a negative value.
+        The values are looked at where that costs nothing: on the CPU, outside ``torch.compile`` and
+        ``torch.func``.  On a GPU a look would make it wait; there such statistics show as NaN in y.
+    TypeError
+        As `batch_norm`.
+    """
+    check_input(x)
+    check_eps(eps)
+    for vector, name in ((mean, "mean"), (var, "var"), (gamma, "gamma"), (beta, "beta")):
+        check_vector(vector, name, x)
+    if torch.compiler.is_compiling():
+        scale = torch.rsqrt(var + eps)
+        centered = (x.to(wide_dtype(x.dtype)) - per_channel(mean, x)) * per_channel(scale, x)
+        return _scale_and_shift(centered, gamma, beta).to(x.dtype)
+    check_population(mean, var)
+    if x.numel() == 0:
+        return _scale_and_shift(x, gamma, beta).to(x.dtype)
+    result: Tensor = InferenceTransform.apply(x, mean, var, *_defaults(x, gamma, beta), eps)
+    return result
+
+
+def _check_training(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> None:
+    check_input(x)
+    check_values(x)
+    check_eps(eps)
+    check_vector(gamma, "gamma", x)
+    check_vector(beta, "beta", x)
+
+
+def _defaults(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = wide_dtype(x.dtype)
+    return (
+        x.new_ones(x.shape[1], dtype=dtype) if gamma is None else gamma,
+        x.new_zeros(x.shape[1], dtype=dtype) if beta is None else beta,
+    )
+
+
+def _scale_and_shift(x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """``gamma * x_hat + beta``: the last line of Algorithm 1."""
+    y = x_hat if gamma is None else x_hat * per_channel(gamma, x_hat)
+    return y if beta is None else y + per_channel(beta, x_hat)

@@ -2,14 +2,14 @@
 
 Record them again (about an hour on two cores, with MNIST under ``$BNLIB_DATA``)::
 
-    python -m bnlib.mnist_recordings sweep figure units threshold
+    python -m bnlib.mnist_recordings sweep figure threshold
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,25 +61,16 @@ def record_sweep(config: Figure1, root: Path | None = None) -> None:
     replicas = grid(LEARNING_RATES, WEIGHT_STDS, config.seeds[0])
     for normalize in (True, False):
         name = f"sweep-{network_name(normalize)}"
-        _record(name, replace(config, normalize=normalize), replicas, _curves, root)
+        _record(replace(config, normalize=normalize), {name: _curves}, root, replicas)
 
 
 def record_figure(config: Figure1, root: Path | None = None) -> None:
-    """Figure 1 itself: both networks, every seed, in both settings."""
+    """Figure 1 itself: both networks, every seed, in both settings, and every unit of one seed."""
     for setting in SETTINGS:
         for normalize in (True, False):
             name = f"{setting}-{network_name(normalize)}"
-            chosen = configured(config, setting, normalize)
-            _record(name, chosen, None, _curves_and_percentiles, root)
-
-
-def record_units(config: Figure1, root: Path | None = None) -> None:
-    """The percentiles of every sigmoid of the last hidden layer: is the typical one typical?"""
-    config = replace(config, seeds=config.seeds[:1], evaluate_every=max(1, config.steps // 20))
-    for setting in SETTINGS:
-        for normalize in (True, False):
-            name = f"units-{setting}-{network_name(normalize)}"
-            _record(name, configured(config, setting, normalize), None, _units, root)
+            tables = {name: _curves_and_percentiles, f"units-{name}": _units}
+            _record(configured(config, setting, normalize), tables, root)
 
 
 def record_threshold(config: Figure1, root: Path | None = None) -> None:
@@ -90,33 +81,34 @@ def record_threshold(config: Figure1, root: Path | None = None) -> None:
             for normalize in (True, False):
                 name = f"threshold-{setting}-{threshold:g}-{network_name(normalize)}"
                 chosen = replace(configured(config, setting, normalize), threshold=threshold)
-                _record(name, chosen, None, _curves, root)
+                _record(chosen, {name: _curves}, root)
 
 
 def _record(
-    name: str,
     config: Figure1,
-    replicas: list[Replica] | None,
-    table: Callable[[History], dict[str, np.ndarray]],
+    tables: Mapping[str, Callable[[History], dict[str, np.ndarray]]],
     root: Path | None,
+    replicas: list[Replica] | None = None,
 ) -> None:
-    print(name, flush=True)
+    """Train once, and write each of ``tables`` as a run of its own."""
+    print(*tables, flush=True)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     history = train(config, replicas, progress=True)
-    runs.write(
-        EXPERIMENT,
-        name,
-        table(history),
-        configuration={
-            **asdict(config),
-            "replicas": [asdict(replica) for replica in history.replicas],
-        },
-        seed=sorted({replica.seed for replica in history.replicas}),
-        dataset=history.dataset,
-        started=started,
-        duration_s=time.perf_counter() - clock,
-        root=root,
-    )
+    for name, table in tables.items():
+        runs.write(
+            EXPERIMENT,
+            name,
+            table(history),
+            configuration={
+                **asdict(config),
+                "replicas": [asdict(replica) for replica in history.replicas],
+            },
+            seed=sorted({replica.seed for replica in history.replicas}),
+            dataset=history.dataset,
+            started=started,
+            duration_s=time.perf_counter() - clock,
+            root=root,
+        )
 
 
 def _curves(history: History) -> dict[str, np.ndarray]:
@@ -146,27 +138,27 @@ def _curves_and_percentiles(history: History) -> dict[str, np.ndarray]:
 
 
 def _units(history: History) -> dict[str, np.ndarray]:
-    """One row for each unit and evaluation of the first replica."""
-    evaluations, _, units = history.percentiles[0].shape
+    """One row for each unit of the first replica, at every fifth evaluation."""
+    steps, percentiles = history.steps[::5], history.percentiles[0, ::5]
+    units = percentiles.shape[2]
     columns: dict[str, np.ndarray] = {
-        "unit": np.repeat(np.arange(units), evaluations),
-        "step": np.tile(history.steps, units),
+        "unit": np.repeat(np.arange(units), len(steps)),
+        "step": np.tile(steps, units),
     }
     for rank, percentile in enumerate(PERCENTILES):
-        columns[f"p{percentile}"] = history.percentiles[0, :, rank].T.ravel()
+        columns[f"p{percentile}"] = percentiles[:, rank].T.ravel()
     return columns
 
 
 RECORDINGS = {
     "sweep": record_sweep,
     "figure": record_figure,
-    "units": record_units,
     "threshold": record_threshold,
 }
 
 
 def main() -> None:
-    """The command line: ``python -m bnlib.mnist_recordings sweep figure units threshold``."""
+    """The command line: ``python -m bnlib.mnist_recordings sweep figure threshold``."""
     parser = argparse.ArgumentParser(description="Record the runs of chapter 10.")
     parser.add_argument("what", nargs="+", choices=RECORDINGS, help="which runs to record")
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))

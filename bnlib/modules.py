@@ -1,22 +1,63 @@
-"""The batch-normalization layer."""
+"""The batch-normalization layer: `bnlib.functional` with parameters and running statistics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlib._channels import check_eps, check_input, count
 from bnlib.functional import batch_norm_inference, batch_norm_with_statistics
 
 __all__ = ["BatchNorm", "PerActivationBatchNorm"]
 
 
 class BatchNorm(_BatchNorm):
-    """Batch normalization, a drop-in for ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``."""
+    """Batch normalization (Algorithm 1, section 3.2): one (gamma, beta) for each channel.
+
+    A drop-in for ``torch.nn.BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d``: the same outputs,
+    gradients, running statistics and state dict (``weight`` is gamma, ``bias`` is beta,
+    ``running_mean``, ``running_var``, ``num_batches_tracked``), so that checkpoints load either
+    way.  It is a subclass of their common base class, so that tools which look for
+    batch-normalization layers find it.
+
+    In training the layer normalizes with the statistics of the mini-batch and moves its running
+    statistics towards them; after ``.eval()`` it normalizes with the running statistics, which
+    `bnlib.population_statistics` can replace by those of Algorithm 2.  Which of the two happens
+    depends on the layer's own ``training`` flag, never on whether gradients are enabled.
+
+    Parameters
+    ----------
+    num_features
+        Number of channels C: the size of axis 1 of the input.
+    eps
+        The constant added to the variance; positive.
+    momentum
+        Weight, from 0 to 1, of the *new* value in the running statistics (a decay of 0.9 in other
+        libraries is a momentum of 0.1 here).  None makes them the average of all mini-batches so
+        far, each with the same weight.
+    affine
+        Whether there are gamma and beta; without them they stand at 1 and 0.
+    track_running_stats
+        Whether there are running statistics; without them mini-batch statistics serve in
+        evaluation too.
+    device, dtype
+        Of the parameters and running statistics, as in every layer of ``torch.nn``.
+
+    Raises
+    ------
+    ValueError
+        If `num_features` is negative, `eps` is not positive and finite, or `momentum` is not
+        between 0 and 1.
+
+    Notes
+    -----
+    The *biased* variance normalizes; the unbiased one, times m / (m - 1), enters ``running_var``.
+    An empty mini-batch leaves the running statistics as they are.
+    """
 
     def __init__(
         self,
@@ -25,66 +66,146 @@ class BatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if num_features < 0:
+            raise ValueError(f"num_features is {num_features}; it must not be negative")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(
+                f"momentum is {momentum}; it must be between 0 and 1 (it weighs the new value), or "
+                "None for the plain average of all mini-batches"
+            )
+        check_eps(eps)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and self.running_mean is not None and self.running_var is not None:
-            return batch_norm_inference(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        """Normalize a mini-batch.
+
+        Parameters
+        ----------
+        x
+            Tensor of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+
+        Returns
+        -------
+        torch.Tensor
+            A tensor of the shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `x` does not have ``num_features`` channels, and as `bnlib.batch_norm` does.
+        """
+        check_input(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has {x.shape[1]} channels on axis 1, but this layer "
+                f"was made for num_features={self.num_features}"
             )
-        y, mean, var = batch_norm_with_statistics(x, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None:
-            self._track(mean, var, x.numel() // max(x.shape[1], 1))
+        return self._transform(x)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        gamma, beta, mean, var = (
+            None if t is None else t.view(-1)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        if not self.training and mean is not None and var is not None:
+            return batch_norm_inference(x, mean, var, gamma, beta, self.eps)
+        y, batch_mean, batch_var = batch_norm_with_statistics(x, gamma, beta, self.eps)
+        m = count(x)
+        tracks = self.training and self.track_running_stats and m > 0
+        if tracks and mean is not None and var is not None:
+            with torch.no_grad():
+                weight = self._weight_of_new_value(mean)
+                mean.lerp_(batch_mean.to(mean.dtype), weight)
+                var.lerp_((batch_var * (m / (m - 1))).to(var.dtype), weight)
         return y
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, m: int) -> None:
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        weight: Any = self.momentum
-        if weight is None:
-            weight = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_((var * (m / (m - 1))).to(self.running_var.dtype), weight)
+    def _weight_of_new_value(self, mean: Tensor) -> float | Tensor:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # kept as a tensor: reading it would make a GPU wait
+                return self.num_batches_tracked.to(mean.dtype).reciprocal()
+        return self.momentum or 0.0
 
 
 class PerActivationBatchNorm(BatchNorm):
-    """Batch normalization with one (gamma, beta) for every activation."""
+    """Batch normalization with one (gamma, beta) for each activation, pixels included.
 
-    def __init__(self, feature_shape: int | Sequence[int], **options: Any) -> None:
+    Statistics go over the batch axis only: section 3 of the paper before section 3.2 makes it
+    convolutional.  Section 4.2.3 uses it in the last hidden layers of some networks of the
+    ensemble.  Parameters and running statistics have the shape of one example.
+
+    Parameters
+    ----------
+    feature_shape
+        Shape of one example: of the input without its batch axis.
+    eps, momentum, affine, track_running_stats, device, dtype
+        As in `BatchNorm`.
+
+    Raises
+    ------
+    ValueError
+        If `feature_shape` is empty or has a negative size, and as `BatchNorm` does.
+    """
+
+    def __init__(
+        self,
+        feature_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         shape = (feature_shape,) if isinstance(feature_shape, int) else tuple(feature_shape)
-        super().__init__(math.prod(shape), **options)
+        if not shape or min(shape) < 0:
+            raise ValueError(
+                f"feature_shape is {feature_shape}; it must be the shape of one example, with at "
+                "least one axis and no negative size"
+            )
+        super().__init__(
+            math.prod(shape), eps, momentum, affine, track_running_stats, device, dtype
+        )
         self.feature_shape = shape
-        for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
-            if tensor is not None and tensor.ndim == 1:
-                value = tensor.detach().reshape(shape)
-                if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(value)
-                else:
-                    self._buffers[name] = value
+        for name in ("weight", "bias"):
+            if affine:
+                setattr(self, name, nn.Parameter(getattr(self, name).detach().view(shape)))
+        for name in ("running_mean", "running_var"):
+            if track_running_stats:
+                setattr(self, name, getattr(self, name).view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(1)
+        """Normalize a mini-batch of shape (N, *feature_shape); as `BatchNorm.forward`.
 
-        def line(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.reshape(-1)
+        Parameters
+        ----------
+        x
+            Tensor of shape (N, *feature_shape).
 
-        mean, var = line(self.running_mean), line(self.running_var)
-        if not self.training and mean is not None and var is not None:
-            y = batch_norm_inference(flat, mean, var, line(self.weight), line(self.bias), self.eps)
-        else:
-            y, mu, sigma2 = batch_norm_with_statistics(
-                flat, line(self.weight), line(self.bias), self.eps
+        Returns
+        -------
+        torch.Tensor
+            A tensor of the shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `x` has another shape, and as `bnlib.batch_norm` does.
+        """
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.feature_shape:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x is {given}, but this layer was made for feature_shape={self.feature_shape}: "
+                f"x must be a tensor of shape (N, {', '.join(map(str, self.feature_shape))})"
             )
-            if self.training and mean is not None:
-                self._track(
-                    mu.view(self.feature_shape), sigma2.view(self.feature_shape), x.shape[0]
-                )
-        return y.reshape(x.shape)
+        return self._transform(x.flatten(1)).view(x.shape)
+
+    def extra_repr(self) -> str:
+        """The arguments, as ``repr`` shows them."""
+        _, options = super().extra_repr().split(", ", 1)
+        return f"{self.feature_shape}, {options}"

@@ -1,8 +1,11 @@
-"""Algorithm 2: population statistics, and folding batch normalization away for inference."""
+"""Algorithm 2: the statistics of the population, for a network that is trained.
+
+`fold_batch_norm`, which makes batch normalization vanish once they are known, is defined in
+``bnlib._fold``.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,38 +13,184 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlib._fold import fold_batch_norm
+
 __all__ = ["fold_batch_norm", "population_statistics"]
 
 
-def population_statistics(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Algorithm 2, lines 7 to 12: give every BN layer the statistics of the population."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if not layers:
-        raise ValueError("the model has no batch-normalization layer")
-    modes = {m: m.training for m in model.modules()}
-    momenta = {m: m.momentum for m in layers}
+def population_statistics(
+    model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
+) -> nn.Module:
+    """Give every batch-normalization layer the statistics of the population, in place.
+
+    Algorithm 2, lines 7 to 12.  The parameters stay as they are; many training mini-batches go
+    through the network, and each layer receives
+
+    - as its mean the average of the mini-batch means, E[x] = E_B[mu_B];
+    - as its variance the average of the *unbiased* mini-batch variances,
+      Var[x] = m / (m - 1) E_B[sigma_B^2], with m values for each channel in a mini-batch.
+
+    Every mini-batch weighs the same, as in the paper.  That is an estimate of the population's
+    statistics only if mini-batches are alike, so one with another number of examples, as the last
+    of a DataLoader often is, is an error: drop it (``drop_last=True``).  Weighing it by its size
+    would be another algorithm; giving it full weight would let its few examples count for many.
+
+    While statistics are collected, batch-normalization layers normalize with the mini-batch, as
+    they did in training.  Everything else is in evaluation mode: dropout is off, because the
+    statistics are needed for the network that infers, and dropout before a layer changes the
+    variance there.  Nothing depends on whether the model came in training or in evaluation mode.
+
+    Parameters
+    ----------
+    model
+        Any module with `bnlib.BatchNorm`, `bnlib.PerActivationBatchNorm` or
+        ``torch.nn.BatchNorm*d`` layers.  It is called with one argument.
+    batches
+        Training mini-batches, of two examples or more: tensors, or tuples and lists whose first
+        item is the tensor, such as (images, labels).  Read once; a generator will do.
+    device
+        Where to move each mini-batch first, for a model that is not on the CPU; None leaves it
+        where it is.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model` itself, each module in the mode (training or evaluation) it came in: call
+        ``.eval()`` before inference.
+
+    Raises
+    ------
+    ValueError
+        If the model has no batch-normalization layer, or one without running statistics, or none
+        is reached; if `batches` is empty, or its mini-batches have different sizes or a single
+        value in each channel; if the statistics are not finite.
+    TypeError
+        If a mini-batch is neither a tensor nor a tuple or list that begins with one.
+
+    Notes
+    -----
+    On any error the model is left as it was.  ``num_batches_tracked`` becomes the number of
+    mini-batches.  A layer that a forward pass uses several times averages over all its uses; one
+    that no forward pass reaches keeps its statistics.  Sums are kept in float64.  Where all
+    mini-batches have one size and there is no dropout, ``torch.optim.swa_utils.update_bn``
+    computes the same.
+    """
+    layers = _layers_with_statistics(model)
+    saved_modes = {module: module.training for module in model.modules()}
+    saved_momenta = {layer: layer.momentum for layer in layers}
+    saved_statistics = {
+        buffer: buffer.clone() for layer in layers for buffer in layer.buffers(recurse=False)
+    }
+    sums: dict[_BatchNorm, _Sums] = {}
+
+    def after_forward(layer: nn.Module, *_: Any) -> None:
+        assert isinstance(layer, _BatchNorm)
+        sums.setdefault(layer, _Sums()).add(layer)
+
+    hooks = [layer.register_forward_hook(after_forward) for layer in layers]
     try:
-        model.eval()
+        for module in model.modules():
+            module.training = module in layers
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None
-            layer.train()
-        count = 0
-        with torch.no_grad():
-            for batch in batches:
-                model(batch if isinstance(batch, Tensor) else batch[0])
-                count += 1
-        if not count:
-            raise ValueError("batches is empty")
+            layer.momentum = 1.0  # the running statistics become those of the last mini-batch
+            layer.reset_running_stats()  # 0 times an old NaN would be NaN
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for examples in _checked(batches):
+                model(examples if device is None else examples.to(device))
+        if not sums:
+            raise ValueError(
+                "the forward pass of the model, in evaluation mode, reaches none of its "
+                f"batch-normalization layers: {', '.join(layers.values())}"
+            )
+        for layer, name in layers.items():
+            if layer in sums:
+                sums[layer].write(layer, name)
+            else:
+                for buffer in layer.buffers(recurse=False):
+                    buffer.copy_(saved_statistics[buffer])
+    except BaseException:
+        for buffer, value in saved_statistics.items():
+            buffer.copy_(value)
+        raise
     finally:
-        for module, mode in modes.items():
+        for hook in hooks:
+            hook.remove()
+        for module, mode in saved_modes.items():
             module.training = mode
-        for layer, momentum in momenta.items():
+        for layer, momentum in saved_momenta.items():
             layer.momentum = momentum
     return model
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy for inference in which batch normalization has vanished."""
-    copied = copy.deepcopy(model).eval()
-    return copied
+class _Sums:
+    """Sums over mini-batches of the mean and the unbiased variance of one layer."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | float = 0.0
+        self.var: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, layer: _BatchNorm) -> None:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        dtype = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64
+        self.mean = self.mean + layer.running_mean.to(dtype)
+        self.var = self.var + layer.running_var.to(dtype)
+        self.count += 1
+
+    def write(self, layer: _BatchNorm, name: str) -> None:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        for kind, total, buffer in (
+            ("mean", self.mean, layer.running_mean),
+            ("variance", self.var, layer.running_var),
+        ):
+            buffer.copy_(torch.as_tensor(total) / self.count)
+            if not bool(buffer.isfinite().all()):
+                raise ValueError(
+                    f"the {kind} of layer {name!r} is not finite in {str(buffer.dtype)[6:]}: the "
+                    "network or its input overflows there, or holds NaN"
+                )
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(self.count)
+
+
+def _layers_with_statistics(model: nn.Module) -> dict[_BatchNorm, str]:
+    layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if not layers:
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no batch-normalization layer: neither "
+            "bnlib.BatchNorm nor torch.nn.BatchNorm*d"
+        )
+    for layer, name in layers.items():
+        if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) has no running statistics to set; make "
+                "it with track_running_stats=True"
+            )
+    return layers
+
+
+def _checked(batches: Iterable[Any]) -> Iterable[Tensor]:
+    """The examples of each mini-batch, all of one number."""
+    size = None
+    for index, batch in enumerate(batches):
+        examples = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(examples, Tensor):
+            raise TypeError(
+                f"mini-batch {index} is of type {type(batch).__name__}; it must be a tensor, or a "
+                "tuple or list whose first item is one, such as (images, labels)"
+            )
+        if size not in (None, len(examples)):
+            raise ValueError(
+                f"mini-batch {index} has {len(examples)} examples, those before it have {size}; "
+                "Algorithm 2 averages over mini-batches of one size: leave an incomplete one out, "
+                "for example with drop_last=True in the DataLoader"
+            )
+        size = len(examples)
+        yield examples
+    if size is None:
+        raise ValueError(
+            "batches is empty: the statistics of the population need at least one mini-batch (has "
+            "a generator been used up before?)"
+        )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bnlib import mnist
+from bnlib import mnist, mnist_recordings, runs
 from bnlib.mnist import Figure1, Replica, both, train
 
 SMALL = Figure1(
@@ -98,3 +99,27 @@ def test_a_configuration_that_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **{field: value})
+
+
+def test_every_recording_can_be_made_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist_recordings, "LEARNING_RATES", (0.1, 1.0))
+    monkeypatch.setattr(mnist_recordings, "WEIGHT_STDS", (0.03, 0.1))
+    small = replace(SMALL, steps=20, evaluate_every=2)
+    for record in mnist_recordings.RECORDINGS.values():
+        record(small, tmp_path)
+    names = runs.names(mnist_recordings.EXPERIMENT, root=tmp_path)
+    assert {"sweep-bn", "sweep-plain", "slow-bn", "best-plain", "units-slow-bn"} <= set(names)
+    for name in names:
+        run = runs.read(mnist_recordings.EXPERIMENT, name, root=tmp_path)
+        assert run.manifest["dataset"]["name"] == "digits"
+        assert run["step"].max() == 20
+        assert run.manifest["configuration"]["normalize"] == name.endswith("-bn")
+    slow = runs.read(mnist_recordings.EXPERIMENT, "slow-bn", root=tmp_path)
+    assert slow.table("p50", rows="seed", columns="step").values.shape == (2, 11)
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="one of slow, best; got 'fast'"):
+        mnist_recordings.configured(SMALL, "fast", True)

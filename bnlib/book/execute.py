@@ -103,18 +103,16 @@ class _Engine(NBClientEngine):
 
         def cell_start(cell: nbformat.NotebookNode, *args: Any, **options: Any) -> None:
             nonlocal at, said
-            now = time.monotonic()
-            at += cell.cell_type == "code"
-            if now - said >= _QUIET_SECONDS:
-                _say(chapter, f"cell {at} of {len(cells)}, {now - started:.0f} s")
-                said = now
+            if cell.cell_type == "code":
+                at, now = at + 1, time.monotonic()
+                if now - said >= _QUIET_SECONDS:
+                    _say(chapter, f"cell {at} of {len(cells)}, {now - started:.0f} s")
+                    said = now
             start(cell, *args, **options)
 
         nb_man.cell_start = cell_start
         _say(chapter, f"starts, {len(cells)} cells")
-        result = super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-        _say(chapter, f"done in {time.monotonic() - started:.1f} s")
-        return result
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
 
 papermill_engines.register(_ENGINE, _Engine)
@@ -154,6 +152,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(output)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    started = time.monotonic()
     try:
         execute_notebook(
             chapter,
@@ -162,6 +161,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
             engine_name=_ENGINE,
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except PapermillExecutionError as error:
         for line in _ANSI.sub("", "\n".join(error.traceback)).splitlines():
@@ -173,6 +173,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
             f"  the notebook as far as it came: {partial}"
         ) from error
     os.replace(partial, output)
+    _say(chapter.stem, f"done in {time.monotonic() - started:.1f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

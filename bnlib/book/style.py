@@ -7,6 +7,7 @@ differ in lightness order as well as in hue and stay apart for the common color 
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
@@ -112,15 +113,25 @@ def label_line(
     )
 
 
-def animation_html(animation: matplotlib.animation.Animation, *, fps: int = 6) -> Any:
+def animation_html(animation: matplotlib.animation.Animation, *, alt: str, fps: int = 6) -> Any:
     """Return an animation as HTML that plays in a static page, without any outside script.
 
     The still figure is closed, so that the page shows the animation once. matplotlib asks another
     host for its buttons' icons; that request is taken out, as the pages and Jupyter have them.
+
+    Parameters
+    ----------
+    animation
+        The animation.
+    alt
+        What it shows, in words, for those who cannot see it.
+    fps
+        Frames per second.
     """
     from IPython.display import HTML
 
-    html = animation.to_jshtml(fps=fps, default_mode="loop")
-    html = re.sub(r"<link\b[^>]*>", "", html)
+    page = animation.to_jshtml(fps=fps, default_mode="loop")
+    page = re.sub(r"<link\b[^>]*>", "", page)
+    page = page.replace("<img ", f'<img alt="{html.escape(alt)}" ', 1)
     plt.close("all")
-    return HTML(html)
+    return HTML(page)
