@@ -1,4 +1,4 @@
-"""`batch_norm` for autograd and ``torch.func``: closed forms of its first and second derivatives.
+"""``batch_norm`` for autograd and ``torch.func``: closed forms of its first and second derivatives.
 
 Notation, for one channel with m values: s = 1 / sqrt(var + eps), c(z) = mean(z * x_hat), and
 
@@ -9,7 +9,7 @@ which is symmetric and takes out of z its mean and its part along x_hat.  Then
     d x_hat      = s P dx                                   the derivative of the transform
     grad_x       = gamma s P g                              the compact form, g = grad_y
     d P g        = -c(g) d x_hat - x_hat <g, d x_hat> / m   the derivative of P itself
-    d s          = -s^2 x_hat mean(dx ...)                  collected in `_second` below
+    d s          = -s^2 x_hat mean(dx ...)                  collected in ``_second`` below
 
 Everything saved for a derivative of a derivative is an input, never an intermediate result: an
 intermediate has no graph, and its share of the second derivative would silently be missing.
@@ -44,7 +44,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, axis: int) -> Tenso
 def _fold_all(
     tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, activations: int
 ) -> list[Tensor | None]:
-    """`_fold` for a Function's inputs: first the activations, then the per-channel vectors."""
+    """``_fold`` for a Function's inputs: first the activations, then the per-channel vectors."""
     axes = [1] * activations + [0] * (len(tensors) - activations)
     return [_fold(t, d, size, a) for t, d, a in zip(tensors, dims, axes, strict=True)]
 
@@ -120,7 +120,7 @@ class _TrainingDerivative(Function):
         inv_std: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if is_legacy_batchedtensor(grad_y):  # `is_grads_batched` allows no writing into memory
+        if is_legacy_batchedtensor(grad_y):  # ``is_grads_batched`` allows no writing into memory
             plain = _Second(x, gamma, grad_y, eps)
             grad_gamma = (plain.g * plain.x_hat).sum(plain.axes)
             return plain.first(plain.g), grad_gamma, plain.g.sum(plain.axes)

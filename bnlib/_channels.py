@@ -31,11 +31,11 @@ def batch_axes(x: Tensor) -> list[int]:
 
 def count(x: Tensor) -> int:
     """How many values each channel has: the paper's m (m' of section 3.2 with pixels)."""
-    return math.prod(x.shape[axis] for axis in batch_axes(x))
+    return math.prod((x.shape[0], *x.shape[2:]))
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """`values`, of shape (C,), shaped to be broadcast along axis 1 of `x`."""
+    """``values``, of shape (C,), shaped to be broadcast along axis 1 of ``x``."""
     return values.reshape(-1, *[1] * (x.ndim - 2))
 
 
@@ -45,7 +45,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def center(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x - mean`` in the wide type, and the mean of each channel; differentiable in `x`.
+    """``x - mean`` in the wide type, and the mean of each channel; differentiable in ``x``.
 
     The mean of large values is rounded to a few digits after the point.  What the rounding left is
     the mean of the centered values, and is taken off them; this is what keeps x = 1e6 + noise
@@ -91,7 +91,7 @@ def check_eps(eps: float) -> None:
 
 
 def check_vector(vector: Tensor | None, name: str, x: Tensor, x_name: str = "x") -> None:
-    """Refuse a per-channel vector that does not fit `x` in shape or type."""
+    """Refuse a per-channel vector that does not fit ``x`` in shape or type."""
     if vector is None:
         return
     if not isinstance(vector, Tensor):

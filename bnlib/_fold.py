@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
-from torch.nn.utils import parametrize
 
 from bnlib._channels import check_population
 from bnlib.modules import BatchNorm, PerActivationBatchNorm
@@ -67,8 +66,8 @@ def fold_batch_norm(model: nn.Module, *, strict: bool = True) -> nn.Module:
     ------
     ValueError
         If there is no batch-normalization layer; if one has no running statistics, or NaN,
-        infinite or negative ones; if the forward pass cannot be followed; and, with `strict`, if a
-        layer cannot be folded.  The message names the layers and the reasons.
+        infinite or negative ones; if the forward pass cannot be followed; and, with ``strict``, if
+        a layer cannot be folded.  The message names the layers and the reasons.
     """
     folded = copy.deepcopy(model).eval()
     norms = {m: name for name, m in folded.named_modules() if isinstance(m, _BatchNorm)}
@@ -87,7 +86,7 @@ def fold_batch_norm(model: nn.Module, *, strict: bool = True) -> nn.Module:
     for norm, layer in plan.items():
         _absorb(layer, norm)
     for parent in list(folded.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # under every name it has
             if child in plan:
                 setattr(parent, name, nn.Identity())
     return folded
@@ -153,7 +152,9 @@ def _plan(model: nn.Module, graph: fx.Graph) -> tuple[dict[_BatchNorm, nn.Module
         layer = modules.get(str(source.target)) if source.op == "call_module" else None
         if layer is None or type(layer) not in _FOLDABLE:
             what = f"{source.target} ({type(layer).__name__})" if layer else f"{source.target}"
-            reasons[str(node.target)] = f"its input comes from {what}, no Linear or convolution"
+            reasons[str(node.target)] = (
+                f"its input comes from {what}, not from a plain Linear or convolution layer"
+            )
             continue
         reason = _obstacle(norm, layer, str(source.target), calls, read)
         if reason is None and len(source.users) > 1:
@@ -178,8 +179,6 @@ def _obstacle(
             return f"the forward pass reads parameters of {what} by itself"
     if type(norm).forward not in _KNOWN_FORWARDS:
         return f"{type(norm).__name__} has a forward of its own, which may do more than normalize"
-    if parametrize.is_parametrized(layer):
-        return f"the weights of {name} are computed anew in each forward pass (parametrized)"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if isinstance(norm, PerActivationBatchNorm) and norm.feature_shape != (channels,):
         return f"it has another (gamma, beta) for each pixel, the weights of {name} do not"
@@ -190,7 +189,7 @@ def _obstacle(
 
 @torch.no_grad()
 def _absorb(layer: Any, norm: _BatchNorm) -> None:
-    """Let `layer` compute what `norm` would make of its output; in float64, rounded once."""
+    """Let ``layer`` compute what ``norm`` would make of its output; in float64, rounded once."""
 
     def exact(tensor: Tensor | None, default: float) -> Tensor:
         if tensor is None:

@@ -1,7 +1,7 @@
 """The arithmetic of batch normalization in as few trips to memory as tensor operations allow.
 
-What is traded: `bnlib.functional` says the same in the paper's words and is the place to read.
-This file computes it for `batch_norm` at the speed of a hand-written kernel, by three devices.
+What is traded: ``bnlib.functional`` says the same in the paper's words and is the place to read.
+This file computes it for ``batch_norm`` at the speed of a hand-written kernel, by three devices.
 
 Blocks.  A large tensor does not fit into the cache, and a temporary of its size costs more in fresh
     pages than the arithmetic on it.  Every loop here goes over blocks that stay in the cache, and
@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
 
 
 def moments(x: Tensor) -> Moments:
-    """Mean and biased variance of each channel of `x`, which has at least one value in each."""
+    """Mean and biased variance of each channel of ``x``, which has at least one value in each."""
     rows = _rows(x, _channels_last(x))
     m = rows.shape[0] * rows.shape[2]
     if x.device.type == "cpu":
@@ -65,7 +65,7 @@ def moments(x: Tensor) -> Moments:
 
 
 def pivot(mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor]:
-    """`mean` as pivot + residual: all residual where it is safe not to have a pivot."""
+    """``mean`` as pivot + residual: all residual where it is safe not to have a pivot."""
     # So written that NaN, from squares that overflow, takes the careful way.
     if mean.device.type == "cpu" and bool((mean.square() <= _SAFE_RATIO * var).all()):
         return None, mean
@@ -73,7 +73,7 @@ def pivot(mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def affine(x: Tensor, pivot: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
-    """``(x - pivot) * scale + shift`` in the type and layout of `x`."""
+    """``(x - pivot) * scale + shift`` in the type and layout of ``x``."""
     channels_last = _channels_last(x)
     result = _empty(x, channels_last)
     rows, out = _rows(x, channels_last), _rows(result, channels_last)
@@ -132,7 +132,7 @@ def gradients(
 
 
 def _sums(rows: Tensor, pivot: Tensor | None, other: Tensor | None = None) -> list[Tensor]:
-    """The sums of w and of w * d for each channel, where d = x - pivot and w is d or `other`."""
+    """The sums of w and of w * d for each channel, where d = x - pivot and w is d or ``other``."""
     pivot = _column(pivot)
     size, buffer = _buffer(rows)
     second = torch.empty_like(buffer)
@@ -161,7 +161,7 @@ def _one_step(rows: Tensor) -> bool:
 
 
 def _load(block: Tensor, pivot: Tensor | None, scratch: Tensor) -> Tensor:
-    """``block - pivot`` in the type of `scratch`; in its memory unless `block` will do."""
+    """``block - pivot`` in the type of ``scratch``; in its memory unless ``block`` will do."""
     if pivot is not None:
         return torch.sub(block, pivot, out=scratch)
     return block if block.dtype == scratch.dtype else scratch.copy_(block)
@@ -192,6 +192,6 @@ def _rows(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _empty(x: Tensor, channels_last: bool) -> Tensor:
-    """Memory for a result of the shape, type and layout of `x`."""
+    """Memory for a result of the shape, type and layout of ``x``."""
     n, c, *trailing = x.shape
     return x.new_empty((n, *trailing, c)).movedim(-1, 1) if channels_last else x.new_empty(x.shape)

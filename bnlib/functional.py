@@ -44,7 +44,7 @@ __all__ = [
 
 
 class BatchNormForward(NamedTuple):
-    """Everything Algorithm 1 computes; see `batch_norm_forward`."""
+    """Everything Algorithm 1 computes; see :func:`batch_norm_forward`."""
 
     y: Tensor  #: output, shape and dtype of x
     x_hat: Tensor  #: normalized values, shape of x
@@ -54,7 +54,7 @@ class BatchNormForward(NamedTuple):
 
 
 class BatchNormGradients(NamedTuple):
-    """Derivatives of the loss; see `batch_norm_backward`."""
+    """Derivatives of the loss; see :func:`batch_norm_backward`."""
 
     x: Tensor  #: shape of x, dtype of the upstream gradient
     gamma: Tensor  #: shape (C,)
@@ -78,7 +78,7 @@ def batch_norm(
     """Normalize each channel over the mini-batch, then scale and shift it (Algorithm 1).
 
     Gradients with respect to x, gamma and beta come from the closed form of section 3 (see
-    `batch_norm_backward`), and so do gradients of these gradients.  ``torch.func`` transforms
+    :func:`batch_norm_backward`), and so do gradients of these gradients.  ``torch.func`` transforms
     (``grad``, ``vmap``, ``jvp``, ``hessian`` ...) and ``torch.compile`` work.
 
     Parameters
@@ -88,27 +88,27 @@ def batch_norm(
         bfloat16, float32 or float64, in any memory format.  An empty mini-batch gives an empty
         result.
     gamma, beta
-        Scale and shift of shape (C,), of the dtype of `x` (or float32 for a half-precision `x`).
-        None stands for ones and for zeros.
+        Scale and shift of shape (C,), of the dtype of ``x`` (or float32 for a half-precision
+        ``x``). None stands for ones and for zeros.
     eps
-        The constant added to the variance, in squared units of `x`.
+        The constant added to the variance, in squared units of ``x``.
 
     Returns
     -------
     torch.Tensor
-        y, with the shape and dtype of `x`.
+        y, with the shape and dtype of ``x``.
 
     Raises
     ------
     ValueError
-        If `x` has a shape not named above or a single value in each channel, if `gamma` or `beta`
-        is not of shape (C,), or if `eps` is not positive and finite.
+        If ``x`` has a shape not named above or a single value in each channel, if ``gamma`` or
+        ``beta`` is not of shape (C,), or if ``eps`` is not positive and finite.
     TypeError
         If an argument is no tensor, or its dtype is not named above.
 
     Notes
     -----
-    Memory: the graph keeps `x` and a few numbers for each channel.
+    Memory: the graph keeps ``x`` and a few numbers for each channel.
     """
     return batch_norm_with_statistics(x, gamma, beta, eps)[0]
 
@@ -116,15 +116,15 @@ def batch_norm(
 def batch_norm_with_statistics(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_norm`, and the mini-batch statistics it used, as a layer with running averages needs.
+    """Both :func:`batch_norm` and the statistics it used, as running averages need them.
 
-    Parameters and errors are those of `batch_norm`.
+    Parameters and errors are those of :func:`batch_norm`.
 
     Returns
     -------
     tuple of torch.Tensor
         y; the mean and the biased variance of each channel, of shape (C,), in float32 for a
-        half-precision `x` and detached: no gradient flows through these two.  Of an empty
+        half-precision ``x`` and detached: no gradient flows through these two.  Of an empty
         mini-batch both are zero.
     """
     _check_training(x, gamma, beta, eps)
@@ -144,14 +144,15 @@ def batch_norm_forward(
     """Algorithm 1 line by line, with everything it computes on the way.
 
     Made of ordinary tensor operations, so that autograd differentiates it by itself: the reference
-    for the closed forms.  `batch_norm` gives the same y faster.  Parameters and errors are those of
-    `batch_norm`.
+    for the closed forms.  :func:`batch_norm` gives the same y faster.  Parameters and errors are
+    those of :func:`batch_norm`.
 
     Returns
     -------
     BatchNormForward
-        y, with the shape and dtype of `x`; x_hat, of the shape of `x`; mean, biased variance and
-        inverse standard deviation, of shape (C,).  All but y are float32 for a half-precision `x`.
+        y, with the shape and dtype of ``x``; x_hat, of the shape of ``x``; mean, biased variance
+        and inverse standard deviation, of shape (C,).  All but y are float32 for a half-precision
+        ``x``.
     """
     _check_training(x, gamma, beta, eps)
     centered, mean = center(x)  # mu_B and x - mu_B
@@ -165,7 +166,7 @@ def batch_norm_forward(
 def batch_norm_backward(
     grad_y: Tensor, x_hat: Tensor, inv_std: Tensor, gamma: Tensor | None = None
 ) -> BatchNormGradients:
-    r"""The derivative of `batch_norm` in its compact form.
+    r"""The derivative of :func:`batch_norm` in its compact form.
 
     The paper's six lines, collected for :math:`g_i = \partial\ell / \partial y_i`:
 
@@ -177,17 +178,17 @@ def batch_norm_backward(
     Parameters
     ----------
     grad_y
-        Derivative of the loss with respect to y, of the shape of `x_hat`.
+        Derivative of the loss with respect to y, of the shape of ``x_hat``.
     x_hat, inv_std
-        As `batch_norm_forward` returns them.
+        As :func:`batch_norm_forward` returns them.
     gamma
-        The scale given to `batch_norm_forward`, of shape (C,); None stands for ones.
+        The scale given to :func:`batch_norm_forward`, of shape (C,); None stands for ones.
 
     Returns
     -------
     BatchNormGradients
-        Derivatives with respect to x (of the dtype of `grad_y`), gamma and beta (of the dtype of
-        `x_hat`; also where they were None).
+        Derivatives with respect to x (of the dtype of ``grad_y``), gamma and beta (of the dtype of
+        ``x_hat``; also where they were None).
 
     Raises
     ------
@@ -213,25 +214,25 @@ def batch_norm_backward(
 def batch_norm_backward_steps(
     grad_y: Tensor, x: Tensor, gamma: Tensor | None = None, eps: float = 1e-5
 ) -> BatchNormSteps:
-    """The derivative of `batch_norm` in the six lines that section 3 of the paper prints.
+    """The derivative of :func:`batch_norm` in the six lines that section 3 of the paper prints.
 
     Parameters
     ----------
     grad_y
-        Derivative of the loss with respect to y, of the shape of `x`.
+        Derivative of the loss with respect to y, of the shape of ``x``.
     x, gamma, eps
-        As given to `batch_norm`.
+        As given to :func:`batch_norm`.
 
     Returns
     -------
     BatchNormSteps
         Derivatives with respect to x_hat, var, mean, x, gamma and beta: in float32 for a
-        half-precision `x`, but x of the dtype of `grad_y`.
+        half-precision ``x``, but x of the dtype of ``grad_y``.
 
     Raises
     ------
     ValueError, TypeError
-        As `batch_norm`, and if `grad_y` does not have the shape of `x`.
+        As :func:`batch_norm`, and if ``grad_y`` does not have the shape of ``x``.
     """
     _check_training(x, gamma, None, eps)
     check_like(grad_y, "grad_y", x, "x")
@@ -280,24 +281,25 @@ def batch_norm_inference(
     Parameters
     ----------
     x, gamma, beta, eps
-        As in `batch_norm`.
+        As in :func:`batch_norm`.
     mean, var
-        Population mean and variance of shape (C,), of the dtype of `x` (or float32 for a
-        half-precision `x`).
+        Population mean and variance of shape (C,), of the dtype of ``x`` (or float32 for a
+        half-precision ``x``).
 
     Returns
     -------
     torch.Tensor
-        y, with the shape and dtype of `x`.
+        y, with the shape and dtype of ``x``.
 
     Raises
     ------
     ValueError
-        As `batch_norm`, and if `mean` or `var` holds NaN or infinity, or `var` a negative value.
-        The values are looked at where that costs nothing: on the CPU, outside ``torch.compile`` and
-        ``torch.func``.  On a GPU a look would make it wait; there such statistics show as NaN in y.
+        As :func:`batch_norm`, and if ``mean`` or ``var`` holds NaN or infinity, or ``var`` a
+        negative value. The values are looked at where that costs nothing: on the CPU, outside
+        ``torch.compile`` and ``torch.func``.  On a GPU a look would make it wait; there such
+        statistics show as NaN in y.
     TypeError
-        As `batch_norm`.
+        As :func:`batch_norm`.
     """
     check_input(x)
     check_eps(eps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +23,12 @@ EXPERIMENT = "mnist-figure1"
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 WEIGHT_STDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 THRESHOLDS = (0.0, 0.25, 0.75)
+BOTH = (True, False)  # with and without normalization
 #: Two points of the sweep. ``slow`` is where the curves have the shape of the paper's Figure 1a;
 #: ``best`` is where the network *without* normalization ends highest.
 SETTINGS = {
-    "slow": {"learning_rate": 0.1, "weight_std": 0.1},
-    "best": {"learning_rate": 1.0, "weight_std": 0.1},
+    "slow": {"learning_rate": 0.03, "weight_std": 0.1},
+    "best": {"learning_rate": 3.0, "weight_std": 0.3},
 }
 
 
@@ -55,30 +56,36 @@ def configured(config: Figure1, setting: str, normalize: bool) -> Figure1:
     )
 
 
-def record_sweep(config: Figure1, root: Path | None = None) -> None:
+def record_sweep(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
     """Both networks, one seed, at every pair of learning rate and weight deviation."""
     config = replace(config, evaluate_every=max(1, config.steps // 20))
     replicas = grid(LEARNING_RATES, WEIGHT_STDS, config.seeds[0])
-    for normalize in (True, False):
+    for normalize in networks:
         name = f"sweep-{network_name(normalize)}"
         _record(replace(config, normalize=normalize), {name: _curves}, root, replicas)
 
 
-def record_figure(config: Figure1, root: Path | None = None) -> None:
+def record_figure(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
     """Figure 1 itself: both networks, every seed, in both settings, and every unit of one seed."""
     for setting in SETTINGS:
-        for normalize in (True, False):
+        for normalize in networks:
             name = f"{setting}-{network_name(normalize)}"
             tables = {name: _curves_and_percentiles, f"units-{name}": _units}
             _record(configured(config, setting, normalize), tables, root)
 
 
-def record_threshold(config: Figure1, root: Path | None = None) -> None:
+def record_threshold(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
     """Both networks, three seeds, in both settings, at other binarization thresholds."""
     config = replace(config, seeds=config.seeds[:3], evaluate_every=max(1, config.steps // 20))
     for setting in SETTINGS:
         for threshold in THRESHOLDS:
-            for normalize in (True, False):
+            for normalize in networks:
                 name = f"threshold-{setting}-{threshold:g}-{network_name(normalize)}"
                 chosen = replace(configured(config, setting, normalize), threshold=threshold)
                 _record(chosen, {name: _curves}, root)
@@ -162,12 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Record the runs of chapter 10.")
     parser.add_argument("what", nargs="+", choices=RECORDINGS, help="which runs to record")
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
+    parser.add_argument("--network", choices=("bn", "plain"), help="only one of the two")
     parser.add_argument("--steps", type=int, default=Figure1.steps, help="training steps")
     parser.add_argument("--root", type=Path, default=None, help="folder to record into")
     arguments = parser.parse_args()
     config = Figure1(dataset=arguments.dataset, steps=arguments.steps)
+    networks = [each for each in BOTH if arguments.network in (None, network_name(each))]
     for what in arguments.what:
-        RECORDINGS[what](config, arguments.root)
+        RECORDINGS[what](config, arguments.root, networks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The batch-normalization layer: `bnlib.functional` with parameters and running statistics."""
+"""The batch-normalization layer: :mod:`bnlib.functional` with parameters and running statistics."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class BatchNorm(_BatchNorm):
 
     In training the layer normalizes with the statistics of the mini-batch and moves its running
     statistics towards them; after ``.eval()`` it normalizes with the running statistics, which
-    `bnlib.population_statistics` can replace by those of Algorithm 2.  Which of the two happens
-    depends on the layer's own ``training`` flag, never on whether gradients are enabled.
+    :func:`~bnlib.population.population_statistics` can replace by those of Algorithm 2.  Which of
+    the two happens depends on the layer's own ``training`` flag, never on whether gradients are
+    enabled.
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ class BatchNorm(_BatchNorm):
     Raises
     ------
     ValueError
-        If `num_features` is negative, `eps` is not positive and finite, or `momentum` is not
+        If ``num_features`` is negative, ``eps`` is not positive and finite, or ``momentum`` is not
         between 0 and 1.
 
     Notes
@@ -92,12 +93,13 @@ class BatchNorm(_BatchNorm):
         Returns
         -------
         torch.Tensor
-            A tensor of the shape and dtype of `x`.
+            A tensor of the shape and dtype of ``x``.
 
         Raises
         ------
         ValueError, TypeError
-            If `x` does not have ``num_features`` channels, and as `bnlib.batch_norm` does.
+            If ``x`` does not have ``num_features`` channels, and as
+            :func:`~bnlib.functional.batch_norm` does.
         """
         check_input(x)
         if x.shape[1] != self.num_features:
@@ -144,12 +146,12 @@ class PerActivationBatchNorm(BatchNorm):
     feature_shape
         Shape of one example: of the input without its batch axis.
     eps, momentum, affine, track_running_stats, device, dtype
-        As in `BatchNorm`.
+        As in :class:`BatchNorm`.
 
     Raises
     ------
     ValueError
-        If `feature_shape` is empty or has a negative size, and as `BatchNorm` does.
+        If ``feature_shape`` is empty or has a negative size, and as :class:`BatchNorm` does.
     """
 
     def __init__(
@@ -180,22 +182,22 @@ class PerActivationBatchNorm(BatchNorm):
                 setattr(self, name, getattr(self, name).view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a mini-batch of shape (N, *feature_shape); as `BatchNorm.forward`.
+        """Normalize a mini-batch of shape ``(N, *feature_shape)``; as :meth:`BatchNorm.forward`.
 
         Parameters
         ----------
         x
-            Tensor of shape (N, *feature_shape).
+            Tensor of shape ``(N, *feature_shape)``.
 
         Returns
         -------
         torch.Tensor
-            A tensor of the shape and dtype of `x`.
+            A tensor of the shape and dtype of ``x``.
 
         Raises
         ------
         ValueError, TypeError
-            If `x` has another shape, and as `bnlib.batch_norm` does.
+            If ``x`` has another shape, and as :func:`~bnlib.functional.batch_norm` does.
         """
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.feature_shape:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -1,6 +1,6 @@
 """Algorithm 2: the statistics of the population, for a network that is trained.
 
-`fold_batch_norm`, which makes batch normalization vanish once they are known, is defined in
+:func:`fold_batch_norm`, which makes batch normalization vanish once they are known, is defined in
 ``bnlib._fold``.
 """
 
@@ -43,8 +43,9 @@ def population_statistics(
     Parameters
     ----------
     model
-        Any module with `bnlib.BatchNorm`, `bnlib.PerActivationBatchNorm` or
-        ``torch.nn.BatchNorm*d`` layers.  It is called with one argument.
+        Any module with :class:`~bnlib.modules.BatchNorm`,
+        :class:`~bnlib.modules.PerActivationBatchNorm` or ``torch.nn.BatchNorm*d`` layers.  It is
+        called with one argument.
     batches
         Training mini-batches, of two examples or more: tensors, or tuples and lists whose first
         item is the tensor, such as (images, labels).  Read once; a generator will do.
@@ -55,14 +56,14 @@ def population_statistics(
     Returns
     -------
     torch.nn.Module
-        `model` itself, each module in the mode (training or evaluation) it came in: call
+        ``model`` itself, each module in the mode (training or evaluation) it came in: call
         ``.eval()`` before inference.
 
     Raises
     ------
     ValueError
         If the model has no batch-normalization layer, or one without running statistics, or none
-        is reached; if `batches` is empty, or its mini-batches have different sizes or a single
+        is reached; if ``batches`` is empty, or its mini-batches have different sizes or a single
         value in each channel; if the statistics are not finite.
     TypeError
         If a mini-batch is neither a tensor nor a tuple or list that begins with one.

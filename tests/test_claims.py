@@ -62,7 +62,7 @@ def test_nan_satisfies_no_predicate(predicate):
 
 @pytest.mark.parametrize("predicate", ["", "about 3", "< ", "!= 2", "1 <", "< one"])
 def test_what_is_no_comparison_with_a_number_is_refused(predicate):
-    with pytest.raises(ValueError, match="not a comparison|could not convert"):
+    with pytest.raises(ValueError, match=r"not a comparison|could not convert"):
         Claim(**{**ROW, "predicate": predicate})
 
 
@@ -96,7 +96,7 @@ def test_a_claim_that_fails_stops_the_chapter(ledger, measured):
 
 
 def test_an_unknown_claim_is_refused_with_those_that_exist(ledger):
-    with pytest.raises(KeyError, match="no claim 'zero-maen'.*zero-mean, best"):
+    with pytest.raises(KeyError, match=r"no claim 'zero-maen'.*zero-mean, best"):
         claims.claim("zero-maen", 0.0)
 
 

@@ -47,10 +47,14 @@ def parse_parameters(text: str) -> dict[str, Any]:
     Raises
     ------
     ChapterError
-        For a word that is no assignment.
+        For a word that is no assignment, or a quotation that does not end.
     """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ChapterError(f"parameters {text!r}: {error}") from error
     parameters = {}
-    for word in shlex.split(text):
+    for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
             raise ChapterError(
@@ -166,9 +170,11 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
     except PapermillExecutionError as error:
         for line in _ANSI.sub("", "\n".join(error.traceback)).splitlines():
             _say(chapter.stem, f"| {line}")
+        code = [c for c in nbformat.read(partial, as_version=4).cells if c.cell_type == "code"]
+        number = 1 + [bool(cell.metadata.papermill.exception) for cell in code].index(True)
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         raise ChapterError(
-            f"{chapter.stem}: cell {error.exec_count} failed: {first}\n"
+            f"{chapter.stem}: cell {number} failed: {first}\n"
             f"  {error.ename}: {error.evalue}\n"
             f"  the notebook as far as it came: {partial}"
         ) from error
