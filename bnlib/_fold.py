@@ -88,7 +88,7 @@ def fold_batch_norm(model: nn.Module, *, strict: bool = True) -> nn.Module:
     for parent in list(folded.modules()):
         for name, child in list(parent._modules.items()):  # under every name it has
             if child in plan:
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, nn.Identity().eval())
     return folded
 
 
@@ -152,8 +152,9 @@ def _plan(model: nn.Module, graph: fx.Graph) -> tuple[dict[_BatchNorm, nn.Module
         layer = modules.get(str(source.target)) if source.op == "call_module" else None
         if layer is None or type(layer) not in _FOLDABLE:
             what = f"{source.target} ({type(layer).__name__})" if layer else f"{source.target}"
-            reasons[str(node.target)] = (
-                f"its input comes from {what}, not from a plain Linear or convolution layer"
+            reasons.setdefault(
+                str(node.target),
+                f"its input comes from {what}, not from a plain Linear or convolution layer",
             )
             continue
         reason = _obstacle(norm, layer, str(source.target), calls, read)
@@ -163,7 +164,7 @@ def _plan(model: nn.Module, graph: fx.Graph) -> tuple[dict[_BatchNorm, nn.Module
         if reason is None:
             plan[norm] = layer
         else:
-            reasons[str(node.target)] = reason
+            reasons.setdefault(str(node.target), reason)
     return plan, reasons
 
 

@@ -20,7 +20,8 @@ A pivot where it is needed.  E[x^2] - E[x]^2 loses the digits of mean^2 / var.  
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,13 +78,12 @@ def affine(x: Tensor, pivot: Tensor | None, scale: Tensor, shift: Tensor) -> Ten
     channels_last = _channels_last(x)
     result = _empty(x, channels_last)
     rows, out = _rows(x, channels_last), _rows(result, channels_last)
-    one_step, pivot, scale, shift = _one_step(rows), _column(pivot), scale[:, None], shift[:, None]
-    size, buffer = _buffer(rows)
-    for block, target in zip(rows.split(size), out.split(size), strict=True):
-        scratch = buffer if len(block) == size else buffer[: len(block)]
-        y = target if target.dtype == buffer.dtype else scratch
-        _multiply_add(_load(block, pivot, scratch), scale, shift, y, one_step)
-        if y is not target:
+    wide = wide_dtype(x.dtype)
+    pivot, scale, shift = _column(pivot), scale[:, None], shift[:, None]
+    for scratch, _, block, target in _blocks(rows, out):
+        d = _load(block, pivot, wide, scratch)
+        y = _multiply_add(d, scale, shift, target if target.dtype == wide else scratch)
+        if target.dtype != wide:
             target.copy_(y)
     return result
 
@@ -110,74 +110,78 @@ def gradients(
     grad_beta, products = _sums(rows, pivot, upstream)
     grad_gamma = (products - residual * grad_beta) * inv_std
     scale = gamma * inv_std
-    slope = -scale * inv_std * grad_gamma / m
-    level = (-scale * grad_beta / m - slope * residual)[:, None]
+    slope = scale * inv_std * grad_gamma / -m
+    level = scale * grad_beta / -m - slope * residual
 
-    one_step, pivot, scale, slope = _one_step(rows), _column(pivot), scale[:, None], slope[:, None]
-    size, buffer = _buffer(rows)
-    other = torch.empty_like(buffer)
-    for block, g, target in zip(*(t.split(size) for t in (rows, upstream, out)), strict=True):
-        scratch = buffer if len(block) == size else buffer[: len(block)]
-        spare = other if len(block) == size else other[: len(block)]
-        total = target if target.dtype == buffer.dtype else scratch
-        _multiply_add(_load(block, pivot, scratch), slope, level, total, one_step)
-        g = _load(g, None, spare)
-        if one_step:
+    wide = wide_dtype(x.dtype)
+    pivot, slope, level, scale = _column(pivot), slope[:, None], level[:, None], scale[:, None]
+    for scratch, other, block, g, target in _blocks(rows, upstream, out):
+        d = _load(block, pivot, wide, scratch)
+        total = _multiply_add(d, slope, level, target if target.dtype == wide else scratch)
+        g = _load(g, None, wide, other)
+        if _one_step(g):
             total.addcmul_(g, scale)
         else:
-            total.add_(torch.mul(g, scale, out=spare))
-        if total is not target:
+            total.add_(torch.mul(g, scale, out=other))
+        if target.dtype != wide:
             target.copy_(total)
     return Gradients(result, grad_gamma, grad_beta)
 
 
-def _sums(rows: Tensor, pivot: Tensor | None, other: Tensor | None = None) -> list[Tensor]:
+def _sums(rows: Tensor, pivot: Tensor | None, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sums of w and of w * d for each channel, where d = x - pivot and w is d or ``other``."""
-    pivot = _column(pivot)
-    size, buffer = _buffer(rows)
-    second = torch.empty_like(buffer)
-    blocks = rows.split(size)
-    weights = blocks if other is None else other.split(size)
-    sums = buffer.new_empty((2, len(blocks), rows.shape[1]))
-    for block, weight, total, product in zip(blocks, weights, *sums, strict=True):
-        scratch = buffer if len(block) == size else buffer[: len(block)]
-        d = _load(block, pivot, scratch)
-        w = d if other is None else _load(weight, None, second[: len(block)])
-        torch.sum(w, (0, 2), out=total)
-        torch.sum(torch.mul(w, d, out=scratch), (0, 2), out=product)
-    return [total.sum(0) for total in sums]  # new tensors: autograd keeps track of views
+    pivot, wide = _column(pivot), wide_dtype(rows.dtype)
+    parts = []
+    for scratch, spare, block, weight in _blocks(rows, rows if other is None else other):
+        d = _load(block, pivot, wide, scratch)
+        w = d if other is None else _load(weight, None, wide, spare)
+        parts.append((w.sum((0, 2)), torch.mul(w, d, out=scratch).sum((0, 2))))
+    if len(parts) == 1:
+        return parts[0]
+    first, second = zip(*parts, strict=True)
+    return torch.stack(first).sum(0), torch.stack(second).sum(0)
 
 
-def _multiply_add(d: Tensor, scale: Tensor, shift: Tensor, out: Tensor, one_step: bool) -> None:
-    if one_step:
-        torch.addcmul(shift, d, scale, out=out)
-    else:
-        torch.mul(d, scale, out=out).add_(shift)
+def _blocks(*rows: Tensor) -> Iterator[Any]:
+    """Two scratch memories, for blocks in the wide type, and the blocks of each of ``rows``.
+
+    Where one block is all there is, both memories are None and operations bring their own.
+    """
+    n, c, pixels = rows[0].shape
+    size = n
+    if rows[0].device.type == "cpu":
+        size = max(1, _BLOCK * torch.get_num_threads() // max(1, c * pixels))
+    if n <= size:
+        yield None, None, *rows
+        return
+    one, two = rows[0].new_empty((2, size, c, pixels), dtype=wide_dtype(rows[0].dtype))
+    for blocks in zip(*(t.split(size) for t in rows), strict=True):
+        rest = len(blocks[0])
+        yield (one, two, *blocks) if rest == size else (one[:rest], two[:rest], *blocks)
 
 
-def _one_step(rows: Tensor) -> bool:
+def _multiply_add(d: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
+    if _one_step(d):
+        return torch.addcmul(shift, d, scale, out=out)
+    return torch.mul(d, scale, out=out).add_(shift)
+
+
+def _one_step(block: Tensor) -> bool:
     """Whether addcmul is fast: on the CPU it is not where the parameters repeat along pixels."""
-    return rows.shape[2] == 1 or rows.device.type != "cpu"
+    return block.shape[2] == 1 or block.device.type != "cpu"
 
 
-def _load(block: Tensor, pivot: Tensor | None, scratch: Tensor) -> Tensor:
-    """``block - pivot`` in the type of ``scratch``; in its memory unless ``block`` will do."""
+def _load(block: Tensor, pivot: Tensor | None, wide: torch.dtype, scratch: Tensor | None) -> Tensor:
+    """``block - pivot`` in the wide type: in ``scratch`` if there is one, and if need be."""
     if pivot is not None:
         return torch.sub(block, pivot, out=scratch)
-    return block if block.dtype == scratch.dtype else scratch.copy_(block)
+    if block.dtype == wide or scratch is None:
+        return block.to(wide)
+    return scratch.copy_(block)
 
 
 def _column(values: Tensor | None) -> Tensor | None:
     return None if values is None else values[:, None]
-
-
-def _buffer(rows: Tensor) -> tuple[int, Tensor]:
-    """How many rows make a block, and memory for one block in the type to compute in."""
-    size = max(1, len(rows))
-    if rows.device.type == "cpu":
-        row = max(1, rows.shape[1] * rows.shape[2])
-        size = min(size, max(1, _BLOCK * torch.get_num_threads() // row))
-    return size, rows.new_empty((size, *rows.shape[1:]), dtype=wide_dtype(rows.dtype))
 
 
 def _channels_last(x: Tensor) -> bool:

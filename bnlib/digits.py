@@ -44,10 +44,14 @@ class Digits:
     ----------
     name
         ``"MNIST"`` or ``"digits"``; put it into every title that shows a number measured on it.
-    train_images, test_images
-        uint8 tensors of shape ``(N, 784)``, intensities 0 (paper) to 255 (ink).
-    train_labels, test_labels
-        int64 tensors of shape ``(N,)``, values 0 to 9.
+    train_images
+        uint8 tensor of shape ``(N, 784)``, intensities 0 (paper) to 255 (ink).
+    train_labels
+        int64 tensor of shape ``(N,)``, values 0 to 9.
+    test_images
+        As ``train_images``, for testing.
+    test_labels
+        As ``train_labels``, for testing.
     """
 
     name: str

@@ -39,7 +39,7 @@ def trainable_parameters(
     Parameters
     ----------
     model, layers
-        As in :func:`find_layers`; without ``layers``, each module's own parameters.
+        As in :func:`bnlib.observe.find_layers`; without ``layers``, each module's own parameters.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def gradient_norms(
         A scalar with a graph; the graph is kept, and ``.grad`` is not touched, so
         ``loss.backward()`` may follow.
     model, layers
-        As in :func:`find_layers`. A layer's parameters include those of the modules inside it.
+        As in :func:`bnlib.observe.find_layers`. A layer's parameters include those of the modules inside it.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def activation_gradients(
     Parameters
     ----------
     model, layers
-        As in :class:`ActivationRecorder`.
+        As in :class:`bnlib.observe.ActivationRecorder`.
     loss
         Runs the model and returns the scalar loss. It is called once, as the caller would.
 

@@ -40,8 +40,12 @@ class Figure1:
         Standard deviation of the initial weights ("small" in the paper).
     seeds
         One network each; a seed fixes weights and mini-batches.
-    steps, batch_size, hidden
-        50,000, 60 and three layers of 100, as in the paper.
+    steps
+        50,000, as in the paper.
+    batch_size
+        60 examples, as in the paper.
+    hidden
+        Three layers of 100 sigmoids, as in the paper.
     threshold
         Ink above this fraction of full intensity is 1 (not in the paper).
     eps

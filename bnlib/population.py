@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -95,7 +97,7 @@ def population_statistics(
         for layer in layers:
             layer.momentum = 1.0  # the running statistics become those of the last mini-batch
             layer.reset_running_stats()  # 0 times an old NaN would be NaN
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _not_compiled():
             for examples in _checked(batches):
                 model(examples if device is None else examples.to(device))
         if not sums:
@@ -121,6 +123,13 @@ def population_statistics(
         for layer, momentum in saved_momenta.items():
             layer.momentum = momentum
     return model
+
+
+def _not_compiled() -> contextlib.AbstractContextManager[object]:
+    """Run compiled models uncompiled, as compiled code would not call the hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class _Sums:

@@ -20,7 +20,8 @@ from bnlib._channels import center, check_input
 __all__ = ["METHODS", "Whitening", "whiten", "whitening_matrix"]
 
 Method = Literal["zca", "pca", "cholesky"]
-METHODS = ("zca", "pca", "cholesky")
+#: The whitening matrices that :func:`whitening_matrix` can compute.
+METHODS: tuple[Method, ...] = ("zca", "pca", "cholesky")
 
 # Rounding moves the eigenvalues of a covariance by up to about twice the machine epsilon times the
 # largest of them, whatever d is (measured, d = 4 to 512). What is below five times that is noise.

@@ -181,7 +181,7 @@ def hooked():
             nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), BatchNorm(4)),
             r"comes from 0 \(ParametrizedLinear\)",
         ),
-        (nn.Sequential(BatchNorm(3), nn.Linear(3, 4)), "1 cannot|comes from input"),
+        (nn.Sequential(BatchNorm(3), nn.Linear(3, 4)), "0: its input comes from input"),
         (nn.Sequential(nn.Linear(3, 4), nn.Dropout(), BatchNorm(4)), r"comes from 1 \(Dropout\)"),
     ],
 )
@@ -194,7 +194,7 @@ def test_layers_that_do_more_or_stand_elsewhere_are_refused_or_left(model, messa
 
 def test_per_activation_after_a_convolution_has_no_place_in_its_weights():
     model = settle(nn.Sequential(nn.Conv1d(2, 3, 1), PerActivationBatchNorm((3, 4))))
-    with pytest.raises(ValueError, match="another .gamma, beta. for each pixel"):
+    with pytest.raises(ValueError, match="for each pixel"):
         fold_batch_norm(model)
     assert_folds(model, torch.randn(2, 2, 4, dtype=torch.float64), left=1)
 
@@ -206,10 +206,6 @@ def test_a_weight_shared_with_another_layer_stays_what_it_was_there():
 
 
 def test_a_layer_registered_under_two_names_is_replaced_under_both():
-    model = nn.Sequential(nn.Linear(3, 4), BatchNorm(4))
-    model.register_module("again", nn.ModuleList([model[1]]))
-    model.forward = lambda x: model[1](model[0](x))
-
     class Aliased(nn.Module):
         def __init__(self):
             super().__init__()

@@ -99,9 +99,7 @@ def test_vmap_is_a_loop():
     looped = torch.stack([batch_norm(a, gamma[0]) for a in x])
     torch.testing.assert_close(moved.movedim(2, 0), looped)
     mean, var = torch.randn(5, 3), torch.rand(5, 3)
-    looped = torch.stack(
-        [batch_norm_inference(x[0], a, b) for a, b in zip(mean, var, strict=True)]
-    )
+    looped = torch.stack([batch_norm_inference(x[0], a, b) for a, b in zip(mean, var, strict=True)])
     mapped = torch.vmap(batch_norm_inference, in_dims=(None, 0, 0))(x[0], mean, var)
     torch.testing.assert_close(mapped, looped)
 
