@@ -69,7 +69,8 @@ def gradient_norms(
         A scalar with a graph; the graph is kept, and ``.grad`` is not touched, so
         ``loss.backward()`` may follow.
     model, layers
-        As in :func:`bnlib.observe.find_layers`. A layer's parameters include those of the modules inside it.
+        As in :func:`bnlib.observe.find_layers`. A layer's parameters include those of the modules
+        inside it.
 
     Returns
     -------

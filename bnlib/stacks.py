@@ -183,7 +183,7 @@ def train(
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 gradient = gradient.contiguous().view(replicas, -1)
-                parameter -= (rate[:, None] * gradient).view(parameter.shape)
+                parameter.sub_((rate[:, None] * gradient).view(parameter.shape))
         losses.append(loss.detach())
     history = torch.stack(losses)
     history[(~history.isfinite()).cumsum(0) > 0] = torch.nan

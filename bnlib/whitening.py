@@ -29,18 +29,10 @@ _NOISE = 10
 
 
 class Whitening(NamedTuple):
-    """What whitens a batch: ``(x - mean) @ matrix.T``.
+    """What whitens a batch: ``(x - mean) @ matrix.T``; see :func:`whitening_matrix`."""
 
-    Attributes
-    ----------
-    mean
-        ``(d,)``, the paper's E[x] over the mini-batch.
-    matrix
-        ``(d, d)``, with ``matrix @ (Cov[x] + eps * I) @ matrix.T`` the identity.
-    """
-
-    mean: Tensor
-    matrix: Tensor
+    mean: Tensor  #: (d,), the paper's E[x] over the mini-batch
+    matrix: Tensor  #: (d, d), with ``matrix @ (Cov[x] + eps * I) @ matrix.T`` the identity
 
 
 def whiten(x: Tensor, eps: float = 1e-5, method: Method = "zca") -> Tensor:
