@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import html
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -113,6 +115,13 @@ def label_line(
     )
 
 
+class _TransparentWriter(matplotlib.animation.HTMLWriter):
+    """matplotlib's player; its frames, else painted white, keep the ground of the page."""
+
+    def grab_frame(self, **savefig_kwargs: Any) -> None:
+        super().grab_frame(**{**savefig_kwargs, "facecolor": "none", "transparent": True})
+
+
 def animation_html(animation: matplotlib.animation.Animation, *, alt: str, fps: int = 6) -> Any:
     """Return an animation as HTML that plays in a static page, without any outside script.
 
@@ -130,7 +139,11 @@ def animation_html(animation: matplotlib.animation.Animation, *, alt: str, fps: 
     """
     from IPython.display import HTML
 
-    page = animation.to_jshtml(fps=fps, default_mode="loop")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "animation.html")
+        writer = _TransparentWriter(fps=fps, embed_frames=True, default_mode="loop")
+        animation.save(path, writer=writer)
+        page = path.read_text(encoding="utf-8")
     page = re.sub(r"<link\b[^>]*>", "", page)
     page = page.replace("<img ", f'<img alt="{html.escape(alt)}" ', 1)
     plt.close("all")
