@@ -1,19 +1,23 @@
-"""``batch_norm`` for autograd and ``torch.func``: closed forms of its first and second derivatives.
+"""``batch_norm`` for autograd and ``torch.func``: closed forms of first and second derivatives.
 
-Notation, for one channel with m values: s = 1 / sqrt(var + eps), c(z) = mean(z * x_hat), and
+For one channel of m values, let s = 1 / sqrt(var + eps), c(z) = mean(z * x_hat), g = grad_y, and
 
-    P z = z - mean(z) - x_hat * c(z),
+    P z = z - mean(z) - c(z) x_hat,
 
-which is symmetric and takes out of z its mean and its part along x_hat.  Then
+which is symmetric and takes from z its mean and its share along x_hat.  Then
 
-    d x_hat      = s P dx                                   the derivative of the transform
-    grad_x       = gamma s P g                              the compact form, g = grad_y
-    d P g        = -c(g) d x_hat - x_hat <g, d x_hat> / m   the derivative of P itself
-    d s          = -s^2 x_hat mean(dx ...)                  collected in ``_second`` below
+    d x_hat = s P dx,      d s = -s^2 c(dx),      grad_x = gamma s P g (the compact form).
 
-Everything saved for a derivative of a derivative is an input, never an intermediate result: an
-intermediate has no graph, and its share of the second derivative would silently be missing.
-The second derivative is made of plain tensor operations, so derivatives of any order follow.
+For the second derivative, let v, a, b be upstream gradients of grad_x, grad_gamma, grad_beta, and
+q = mean(v * P g).  Differentiating <v, grad_x> + a grad_gamma + b grad_beta gives
+
+    with respect to g        gamma s P v + a x_hat + b
+    with respect to gamma    m s q
+    with respect to x        s (a P g - gamma s (c(g) P v + c(v) P g + q x_hat))
+
+Everything a derivative keeps for its own derivative is an input, never an intermediate result: an
+intermediate has no graph, and its share of the next derivative would silently be missing.  The
+second derivative is made of plain tensor operations on inputs, so that all further ones follow.
 """
 
 from __future__ import annotations
@@ -123,7 +127,7 @@ class _TrainingDerivative(Function):
         if is_legacy_batchedtensor(grad_y):  # ``is_grads_batched`` allows no writing into memory
             plain = _Second(x, gamma, grad_y, eps)
             grad_gamma = (plain.g * plain.x_hat).sum(plain.axes)
-            return plain.first(plain.g), grad_gamma, plain.g.sum(plain.axes)
+            return plain.compact(plain.g), grad_gamma, plain.g.sum(plain.axes)
         result = _kernels.gradients(grad_y, x, pivot, residual, inv_std, gamma)
         return result.x, result.gamma.to(gamma.dtype), result.beta.to(gamma.dtype)
 
@@ -138,12 +142,12 @@ class _TrainingDerivative(Function):
         grad_y, x, gamma = ctx.saved_tensors
         second = _Second(x, gamma, grad_y, ctx.eps)
         v, a, b = grads
-        with_v, q = second.along(v, a)
-        grad_of_grad_y = second.first(v) + per_channel(a, x) * second.x_hat + per_channel(b, x)
+        grad_of_x, grad_of_gamma = second.along(v, a)
+        grad_of_g = second.compact(v) + per_channel(a, x) * second.x_hat + per_channel(b, x)
         return (
-            grad_of_grad_y.to(grad_y.dtype),
-            with_v.to(x.dtype),
-            q.to(gamma.dtype),
+            grad_of_g.to(grad_y.dtype),
+            grad_of_x.to(x.dtype),
+            grad_of_gamma.to(gamma.dtype),
             None,
             None,
             None,
@@ -160,7 +164,7 @@ class _TrainingDerivative(Function):
         along_x, along_gamma = second.along(dx, dgamma)
         axes = batch_axes(x)
         return (
-            (second.first(dg) + along_x).to(x.dtype),
+            (second.compact(dg) + along_x).to(x.dtype),
             ((dg * second.x_hat).sum(axes) + along_gamma).to(gamma.dtype),
             dg.to(second.x_hat.dtype).sum(axes).to(gamma.dtype),
         )
@@ -174,13 +178,12 @@ class _TrainingDerivative(Function):
 
 
 class _Second:
-    """The derivative of the compact form ``gamma s P g`` (see the head of the file)."""
+    """The terms of the second derivative at the head of this file, for one x, gamma and g."""
 
     def __init__(self, x: Tensor, gamma: Tensor, grad_y: Tensor, eps: float) -> None:
         centered, _ = center(x)
         self.axes, self.m = batch_axes(x), count(x)
-        inv_std = torch.rsqrt(centered.square().mean(self.axes) + eps)
-        self.s = per_channel(inv_std, x)
+        self.s = per_channel(torch.rsqrt(centered.square().mean(self.axes) + eps), x)
         self.gamma = per_channel(gamma.to(centered.dtype), x)
         self.x_hat = centered * self.s
         self.g = grad_y.to(centered.dtype)
@@ -189,16 +192,15 @@ class _Second:
         return z.mean(self.axes, keepdim=True)
 
     def project(self, z: Tensor) -> Tensor:
+        """P z."""
         return z - self.mean(z) - self.x_hat * self.mean(z * self.x_hat)
 
-    def first(self, z: Tensor) -> Tensor:
+    def compact(self, z: Tensor) -> Tensor:
+        """The compact form ``gamma s P z``: the derivative of y along z, and its transpose."""
         return self.gamma * self.s * self.project(z.to(self.g.dtype))
 
     def along(self, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of <v, grad_x> + <a, grad_gamma> with respect to x and, first part, gamma.
-
-        Both Hessians are symmetric, so the same numbers serve the backward and the forward mode.
-        """
+        """The lines for x and for gamma; both are symmetric, so they serve either mode."""
         v = v.to(self.g.dtype)
         a = per_channel(a.to(self.g.dtype), v)
         pv, pg = self.project(v), self.project(self.g)

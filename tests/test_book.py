@@ -123,6 +123,7 @@ class Visitor:
         self.context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=theme
         )
+        self.context.set_default_timeout(120_000)  # a busy machine is no failure
         self.context.route("**/*", self._route)
         self.page = self.context.new_page()
         self.page.on("console", self._console)

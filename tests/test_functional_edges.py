@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bnlib import _kernels
 from bnlib.functional import (
     batch_norm,
     batch_norm_backward,
@@ -18,7 +19,9 @@ TRAINING = [batch_norm, lambda *a: batch_norm_forward(*a).y]
 @pytest.mark.parametrize("transform", TRAINING)
 @pytest.mark.parametrize("mean", [0.0, 30.0, 1e3, 1e6, -1e6])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_large_mean_costs_no_precision(transform, mean, channels_last):
+@pytest.mark.parametrize("block", [2**12, 2**18])
+def test_a_large_mean_costs_no_precision(transform, mean, channels_last, block, monkeypatch):
+    monkeypatch.setattr(_kernels, "_BLOCK", block)
     # float32 near 1e6 has a step of 1/16; the reference sees the same rounded values
     x = (torch.randn(16, 3, 40, 50, generator=torch.manual_seed(0)) + mean).requires_grad_()
     if channels_last:
