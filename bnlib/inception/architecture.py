@@ -1,0 +1,378 @@
+"""BN-Inception: the network that the table of Figure 5 describes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnlib.inception.layers import (
+    ACTIVATIONS,
+    ConvNormAct,
+    ImageInput,
+    StridedMaxPool,
+    separable_conv,
+)
+from bnlib.inception.table import FIGURE5, Row, repaired
+from bnlib.modules import PerActivationBatchNorm
+
+__all__ = ["BNInception", "Inception", "WithAuxiliary", "bn_inception"]
+
+STEMS = ("plain", "separable")
+NORMALIZATIONS = ("batch", "none", "per-activation-last")
+POOLS = ("avg", "max", "none")
+SMALLEST = 32
+
+
+class WithAuxiliary(NamedTuple):
+    """What a network with ``aux_head`` returns in training: two tensors (N, num_classes)."""
+
+    logits: Tensor
+    auxiliary: Tensor
+
+
+class _Builder:
+    """Makes the network's convolutions alike."""
+
+    def __init__(self, normalization: str, activation: str, bias: bool, eps: float) -> None:
+        self.normalization, self.activation = normalization, activation
+        self.bias, self.eps = bias, eps
+
+    def norm(self, channels: int, size: tuple[int, int] | None) -> nn.Module:
+        if self.normalization == "none":
+            return nn.Identity()
+        if self.normalization == "per-activation-last" and size is not None:
+            return PerActivationBatchNorm((channels, *size), eps=self.eps)
+        return nn.BatchNorm2d(channels, eps=self.eps)
+
+    def wrap(
+        self, conv: nn.Module, channels: int, size: tuple[int, int] | None = None
+    ) -> ConvNormAct:
+        return ConvNormAct(conv, self.norm(channels, size), ACTIVATIONS[self.activation]())
+
+    def __call__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel: int,
+        stride: int = 1,
+        size: tuple[int, int] | None = None,
+    ) -> ConvNormAct:
+        conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=self.bias)
+        return self.wrap(conv, channels, size)
+
+
+class Inception(nn.Module):
+    """One Inception module: a row of the table.
+
+    Up to four branches on the same input, concatenated along the channels: a 1x1 convolution; a 1x1
+    then a 3x3; a 1x1 then two 3x3; a pooling, then a 1x1 projection.  In the modules with stride 2
+    the 1x1 branch is missing and the pooled input passes through without a projection.
+    """
+
+    def __init__(
+        self, row: Row, in_channels: int, conv: _Builder, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        stride = row.stride
+        self.conv1x1 = conv(in_channels, row.conv1x1, 1, size=size) if row.conv1x1 else None
+        self.reduce3x3 = conv(in_channels, row.reduce3x3, 1, size=size)
+        self.conv3x3 = conv(row.reduce3x3, row.conv3x3, 3, stride, size=size)
+        self.reduce_double3x3 = conv(in_channels, row.reduce_double3x3, 1, size=size)
+        self.double3x3_1 = conv(row.reduce_double3x3, row.double3x3, 3, size=size)
+        self.double3x3_2 = conv(row.double3x3, row.double3x3, 3, stride, size=size)
+        self.pool: nn.Module
+        if stride == 2:
+            self.pool = StridedMaxPool()
+        elif row.pool == "avg":
+            self.pool = nn.AvgPool2d(3, 1, 1)
+        else:
+            self.pool = nn.MaxPool2d(3, 1, 1)
+        self.projection = (
+            conv(in_channels, row.projection, 1, size=size) if row.projection else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to (N, C', H', W')."""
+        branches = [
+            self.conv3x3(self.reduce3x3(x)),
+            self.double3x3_2(self.double3x3_1(self.reduce_double3x3(x))),
+        ]
+        if self.conv1x1 is not None:
+            branches.insert(0, self.conv1x1(x))
+        pooled = self.pool(x)
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        branches.append(pooled)
+        return torch.cat(branches, 1)
+
+
+class AuxiliaryHead(nn.Sequential):
+    """A second classifier halfway up, for training: pool 5x5 stride 3, 1x1 to 128, 768, classes.
+
+    A reconstruction: the paper does not say whether there was one.
+    """
+
+    def __init__(self, channels: int, map_size: tuple[int, int], num_classes: int) -> None:
+        height, width = ((n - 5) // 3 + 1 for n in map_size)
+        super().__init__(
+            nn.AvgPool2d(5, 3),
+            nn.Conv2d(channels, 128, 1),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(128 * height * width, 768),
+            nn.ReLU(inplace=True),
+            nn.Linear(768, num_classes),
+        )
+
+
+class BNInception(nn.Module):
+    """BN-Inception, the network of section 4.2 and Figure 5.
+
+    Parameters
+    ----------
+    num_classes
+        Classes; 0 leaves out the classifier, so that the output is the pooled features.
+    in_chans
+        Channels of the images.
+    pool_proj_4cd
+        Pool projection of modules 4c and 4d.  With 96 channels add up to the 576 and 1024 that
+        Figure 5 states.  128 is what the figure prints in that column, gives 608 and 1056, and is
+        what the published Caffe, MXNet and PyTorch weights have.
+    stem
+        First convolution: "plain", a full 7x7, or "separable", the paper's, with a depth multiplier
+        of 8.
+    normalization
+        "batch"; "none", the paper's Inception; "per-activation-last", the paper's option for some
+        networks of the ensemble (section 4.2.3), here in module 5b: the paper says only "the last
+        hidden layers".
+    activation
+        "relu" or "sigmoid".
+    lrn
+        Whether GoogLeNet's two local response normalizations stand in the stem, which batch
+        normalization made superfluous (section 4.2.1).
+    dropout
+        Probability, from 0 to below 1, that a feature is dropped before the classifier.
+    aux_head
+        Whether there is an auxiliary classifier on 4d.  In training the network then returns
+        :class:`WithAuxiliary`; in evaluation only the logits.  A reconstruction.
+    conv_bias
+        Whether convolutions have a bias.  None: only where no normalization follows, because
+        normalization removes it (section 3.2).
+    global_pool
+        "avg", the paper's; "max"; or "none", which with ``num_classes=0`` returns the last map.
+    features_only
+        Whether the output is the list of maps at strides 2, 4, 8, 16 and 32, without a classifier.
+    image_size
+        Height and width of the images, which only ``aux_head`` and "per-activation-last" need:
+        other networks take any size of 32 or more.
+    eps
+        Of batch normalization.
+    init_scale
+        Factor on the initial weights of all convolutions (section 4.2.3: "larger" in some networks
+        of the ensemble).
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown or out of range, or options contradict each other.
+
+    Notes
+    -----
+    Input (N, in_chans, H, W), floating-point.  Output (N, num_classes) logits.
+
+    Initialization, which the paper does not state: convolutions normal with variance 2 / fan-in for
+    ReLU (He et al., 2015) and 1 / fan-in for sigmoid, the classifier normal with deviation 0.01,
+    biases 0, gamma 1, beta 0.
+
+    Normalization is ``torch.nn.BatchNorm2d``, which has fused kernels on every device and exports
+    everywhere; :class:`bnlib.BatchNorm` computes the same and can replace it.
+    """
+
+    __constants__ = ["aux", "features_only"]  # so that TorchScript compiles one branch only
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        pool_proj_4cd: int = 96,
+        stem: str = "plain",
+        normalization: str = "batch",
+        activation: str = "relu",
+        lrn: bool = False,
+        dropout: float = 0.0,
+        aux_head: bool = False,
+        conv_bias: bool | None = None,
+        global_pool: str = "avg",
+        features_only: bool = False,
+        image_size: int | tuple[int, int] = 224,
+        eps: float = 1e-5,
+        init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        size = _check_options(locals())
+        bias = normalization == "none" if conv_bias is None else conv_bias
+        conv = _Builder(normalization, activation, bias, eps)
+        self.features_only, self.aux = features_only, aux_head
+        self.num_classes = num_classes
+        rows = {row.type: row for row in (*FIGURE5[:4], *repaired(pool_proj_4cd))}
+
+        first, second = rows["conv1"], rows["conv2"]
+        channels = first.output[1]
+        self.images = ImageInput(in_chans, SMALLEST)
+        if stem == "separable":
+            separable = separable_conv(in_chans, channels, first.patch, first.stride, 8, bias)
+            self.conv1 = conv.wrap(separable, channels)
+        else:
+            self.conv1 = conv(in_chans, channels, first.patch, first.stride)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.lrn1 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
+        self.conv2_reduce = conv(channels, second.reduce3x3, 1)
+        self.conv2 = conv(second.reduce3x3, second.conv3x3, second.patch)
+        self.lrn2 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
+        self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
+
+        channels = second.conv3x3
+        map_size = _after_stem(size)
+        for row in list(rows.values())[4:]:
+            last = map_size if row.type == "5b" else None
+            setattr(self, f"inception_{row.type}", Inception(row, channels, conv, last))
+            channels = row.output[1]
+            if row.type == "4d":
+                self.auxiliary = (
+                    AuxiliaryHead(channels, map_size, num_classes) if aux_head else nn.Identity()
+                )
+            if row.stride == 2:
+                map_size = ((map_size[0] + 1) // 2, (map_size[1] + 1) // 2)
+
+        self.num_features = channels
+        pools = {"avg": nn.AdaptiveAvgPool2d(1), "max": nn.AdaptiveMaxPool2d(1)}
+        self.global_pool = (
+            nn.Sequential(pools[global_pool], nn.Flatten())
+            if global_pool in pools and not features_only
+            else nn.Identity()
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.fc: nn.Module = nn.Identity()
+        if num_classes and not features_only:
+            self.fc = nn.Linear(channels, num_classes)
+        self.reset_parameters(activation, init_scale)
+
+    @torch.no_grad()
+    def reset_parameters(self, activation: str = "relu", init_scale: float = 1.0) -> None:
+        """Draw the parameters anew, as the class states."""
+        gain = 2.0 if activation == "relu" else 1.0
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                module.weight.normal_(std=init_scale * (gain / fan_in) ** 0.5)
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(std=0.01)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                module.bias.zero_()
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The maps at strides 2, 4, 8, 16 and 32: after conv1, conv2, 3b, 4d and 5b.
+
+        Parameters
+        ----------
+        x
+            Images (N, in_chans, H, W).
+
+        Returns
+        -------
+        list of torch.Tensor
+            (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
+            (N, 1024, H/32, W/32), sizes rounded up; 608 and 1024 with ``pool_proj_4cd=128``.
+        """
+        stride2 = self.conv1(self.images(x))
+        stride4 = self.lrn2(self.conv2(self.conv2_reduce(self.lrn1(self.pool1(stride2)))))
+        stride8 = self.inception_3b(self.inception_3a(self.pool2(stride4)))
+        x = self.inception_4b(self.inception_4a(self.inception_3c(stride8)))
+        stride16 = self.inception_4d(self.inception_4c(x))
+        stride32 = self.inception_5b(self.inception_5a(self.inception_4e(stride16)))
+        return [stride2, stride4, stride8, stride16, stride32]
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits (N, num_classes); or what ``features_only`` or ``aux_head`` ask for."""
+        maps = self.feature_maps(x)
+        if self.features_only:
+            return maps
+        logits = self.fc(self.dropout(self.global_pool(maps[4])))
+        if self.aux:
+            if self.training:
+                return WithAuxiliary(logits, self.auxiliary(maps[3]))
+        return logits
+
+
+def bn_inception(**options: Any) -> BNInception:
+    """BN-Inception with the options of :class:`BNInception`.
+
+    Parameters
+    ----------
+    **options
+        Keyword arguments of :class:`BNInception`.
+
+    Returns
+    -------
+    BNInception
+        The network in training mode, with random weights.
+
+    Raises
+    ------
+    TypeError
+        If an option is unknown; the message names the known ones.
+    ValueError
+        As :class:`BNInception` does.
+    """
+    known = BNInception.__init__.__kwdefaults__.keys() | {"num_classes", "in_chans"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"unknown options {unknown}; the options are {sorted(known)}")
+    return BNInception(**options)
+
+
+def _after_stem(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the map that enters 3a."""
+
+    def halved(n: int) -> int:  # as MaxPool2d(3, 2, ceil_mode=True)
+        return max(-(-(n - 3) // 2), 0) + 1
+
+    height, width = (halved(halved((n + 1) // 2)) for n in size)
+    return height, width
+
+
+def _check_options(options: dict[str, Any]) -> tuple[int, int]:
+    """The image size as a pair, after every option has been looked at."""
+    choices = {
+        "pool_proj_4cd": (96, 128),
+        "stem": STEMS,
+        "normalization": NORMALIZATIONS,
+        "activation": tuple(ACTIVATIONS),
+        "global_pool": POOLS,
+    }
+    for name, allowed in choices.items():
+        if options[name] not in allowed:
+            raise ValueError(f"{name} is {options[name]!r}; it must be one of {allowed}")
+    if options["num_classes"] < 0 or options["in_chans"] < 1:
+        raise ValueError(
+            f"num_classes is {options['num_classes']} and in_chans {options['in_chans']}; they "
+            "must be at least 0 and 1"
+        )
+    if not 0 <= options["dropout"] < 1:
+        raise ValueError(f"dropout is {options['dropout']}; it must be from 0 to below 1")
+    if options["global_pool"] == "none" and options["num_classes"]:
+        raise ValueError(
+            f"global_pool='none' leaves a map, which no classifier can follow: set num_classes=0 "
+            f"(it is {options['num_classes']})"
+        )
+    if options["aux_head"] and (options["features_only"] or not options["num_classes"]):
+        raise ValueError("aux_head needs num_classes > 0 and not features_only")
+    size = options["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"image_size is {size}; height and width must be at least {SMALLEST}")
+    if options["aux_head"] and min(height, width) < 65:
+        raise ValueError(f"image_size is {size}; the auxiliary head pools 5x5 on 4d and needs 65")
+    return height, width

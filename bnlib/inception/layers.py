@@ -1,0 +1,96 @@
+"""The pieces of BN-Inception: convolution with normalization and activation, and its poolings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvNormAct", "ImageInput", "StridedMaxPool", "separable_conv"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class ConvNormAct(nn.Module):
+    """z = g(BN(W u)): section 3.2's order, for one convolution of the network."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to (N, C', H', W')."""
+        return self.act(self.norm(self.conv(x)))
+
+
+def separable_conv(
+    in_channels: int, channels: int, kernel: int, stride: int, multiplier: int, bias: bool
+) -> nn.Sequential:
+    """A depthwise convolution with ``multiplier`` maps for each input channel, then a 1x1."""
+    between = in_channels * multiplier
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels, between, kernel, stride, kernel // 2, groups=in_channels, bias=False
+        ),
+        nn.Conv2d(between, channels, 1, bias=bias),
+    )
+
+
+class StridedMaxPool(nn.Module):
+    """Max pooling 3x3 with stride 2 whose windows start at 0, 2, 4, ...: n becomes ceil(n / 2).
+
+    On maps of even size this is ``MaxPool2d(3, 2, ceil_mode=True)``, the pass-through branch of the
+    published ports.  On maps of odd size that layer gives one row and column less than the 3x3
+    convolutions beside it; here the last window starts at the last pixel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to (N, C, ceil(H / 2), ceil(W / 2))."""
+        height, width = x.shape[2], x.shape[3]
+        if height % 2 == 1 or width % 2 == 1:
+            x = F.pad(x, (0, width % 2, 0, height % 2), value=float("-inf"))
+        return F.max_pool2d(x, 3, 2, ceil_mode=True)
+
+
+class ImageInput(nn.Module):
+    """Refuses what is no mini-batch of images of the right kind, before a layer deep inside does."""
+
+    def __init__(self, channels: int, smallest: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.smallest = smallest
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tensor itself, or an error that says what is wrong with it."""
+        shape = list(x.shape)
+        if len(shape) != 4:
+            raise ValueError(
+                f"images of shape {shape}; the network takes (N, {self.channels}, H, W). "
+                "Add a batch axis with images[None]"
+            )
+        if shape[1] != self.channels:
+            raise ValueError(
+                f"images of shape {shape} have {shape[1]} channels on axis 1; this network was "
+                f"made for {self.channels} (in_chans). Axes are (N, channels, height, width)"
+            )
+        if min(shape[2], shape[3]) < self.smallest:
+            raise ValueError(
+                f"images of shape {shape}: height and width must be at least {self.smallest}. "
+                "Enlarge them first"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"images of dtype {x.dtype}; the network takes floating-point images, normalized "
+                "as its weights expect"
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        """The arguments, as ``repr`` shows them."""
+        return f"channels={self.channels}, smallest={self.smallest}"
