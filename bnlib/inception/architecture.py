@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +191,7 @@ class BNInception(nn.Module):
     everywhere; :class:`bnlib.BatchNorm` computes the same and can replace it.
     """
 
-    __constants__ = ["aux", "features_only"]  # so that TorchScript compiles one branch only
+    __constants__ = ("aux", "features_only")  # so that TorchScript compiles one branch only
 
     def __init__(
         self,
@@ -236,9 +237,10 @@ class BNInception(nn.Module):
 
         channels = second.conv3x3
         map_size = _after_stem(size)
+        self.inception = nn.ModuleDict()
         for row in list(rows.values())[4:]:
             last = map_size if row.type == "5b" else None
-            setattr(self, f"inception_{row.type}", Inception(row, channels, conv, last))
+            self.inception[row.type] = Inception(row, channels, conv, last)
             channels = row.output[1]
             if row.type == "4d":
                 self.auxiliary = (
@@ -289,10 +291,11 @@ class BNInception(nn.Module):
         """
         stride2 = self.conv1(self.images(x))
         stride4 = self.lrn2(self.conv2(self.conv2_reduce(self.lrn1(self.pool1(stride2)))))
-        stride8 = self.inception_3b(self.inception_3a(self.pool2(stride4)))
-        x = self.inception_4b(self.inception_4a(self.inception_3c(stride8)))
-        stride16 = self.inception_4d(self.inception_4c(x))
-        stride32 = self.inception_5b(self.inception_5a(self.inception_4e(stride16)))
+        modules = self.inception
+        stride8 = modules["3b"](modules["3a"](self.pool2(stride4)))
+        x = modules["4b"](modules["4a"](modules["3c"](stride8)))
+        stride16 = modules["4d"](modules["4c"](x))
+        stride32 = modules["5b"](modules["5a"](modules["4e"](stride16)))
         return [stride2, stride4, stride8, stride16, stride32]
 
     def forward(self, x: Tensor) -> Any:
@@ -301,9 +304,8 @@ class BNInception(nn.Module):
         if self.features_only:
             return maps
         logits = self.fc(self.dropout(self.global_pool(maps[4])))
-        if self.aux:
-            if self.training:
-                return WithAuxiliary(logits, self.auxiliary(maps[3]))
+        if self.aux and self.training:
+            return WithAuxiliary(logits, self.auxiliary(maps[3]))
         return logits
 
 
@@ -327,8 +329,8 @@ def bn_inception(**options: Any) -> BNInception:
     ValueError
         As :class:`BNInception` does.
     """
-    known = BNInception.__init__.__kwdefaults__.keys() | {"num_classes", "in_chans"}
-    if unknown := sorted(options.keys() - known):
+    known = inspect.signature(BNInception).parameters
+    if unknown := sorted(options.keys() - known.keys()):
         raise TypeError(f"unknown options {unknown}; the options are {sorted(known)}")
     return BNInception(**options)
 

@@ -59,7 +59,7 @@ class StridedMaxPool(nn.Module):
 
 
 class ImageInput(nn.Module):
-    """Refuses what is no mini-batch of images of the right kind, before a layer deep inside does."""
+    """Refuses what is no mini-batch of images of the right kind, before a layer inside does."""
 
     def __init__(self, channels: int, smallest: int) -> None:
         super().__init__()
