@@ -15,6 +15,7 @@ from bnlib.inception.layers import (
     StridedMaxPool,
     separable_conv,
 )
+from bnlib.inception.recompute import norm_relu_pool
 from bnlib.inception.table import FIGURE5, Row, repaired
 from bnlib.modules import PerActivationBatchNorm
 
@@ -36,9 +37,12 @@ class WithAuxiliary(NamedTuple):
 class _Builder:
     """Makes the network's convolutions alike."""
 
-    def __init__(self, normalization: str, activation: str, bias: bool, eps: float) -> None:
+    def __init__(
+        self, normalization: str, activation: str, bias: bool, eps: float, recompute: bool
+    ) -> None:
         self.normalization, self.activation = normalization, activation
         self.bias, self.eps = bias, eps
+        self.pool_last = recompute and not bias
 
     def norm(self, channels: int, size: tuple[int, int] | None) -> nn.Module:
         if self.normalization == "none":
@@ -77,6 +81,7 @@ class Inception(nn.Module):
     ) -> None:
         super().__init__()
         stride = row.stride
+        self.pool_last = conv.pool_last and row.pool == "avg"
         self.conv1x1 = conv(in_channels, row.conv1x1, 1, size=size) if row.conv1x1 else None
         self.reduce3x3 = conv(in_channels, row.reduce3x3, 1, size=size)
         self.conv3x3 = conv(row.reduce3x3, row.conv3x3, 3, stride, size=size)
@@ -102,9 +107,13 @@ class Inception(nn.Module):
         ]
         if self.conv1x1 is not None:
             branches.insert(0, self.conv1x1(x))
-        pooled = self.pool(x)
-        if self.projection is not None:
-            pooled = self.projection(pooled)
+        if self.projection is None:
+            pooled = self.pool(x)
+        elif self.pool_last and self.training:  # both are linear: the order is free
+            pooled = self.pool(self.projection.conv(x))
+            pooled = self.projection.act(self.projection.norm(pooled))
+        else:
+            pooled = self.projection(self.pool(x))
         branches.append(pooled)
         return torch.cat(branches, 1)
 
@@ -173,6 +182,12 @@ class BNInception(nn.Module):
     init_scale
         Factor on the initial weights of all convolutions (section 4.2.3: "larger" in some networks
         of the ensemble).
+    recompute
+        Whether training keeps less for the backward pass: the stem's normalization, ReLU and
+        pooling are computed again (:mod:`bnlib.inception.recompute`), and an average pooling comes
+        after its projection, on fewer channels, where convolutions have no bias.  The same results
+        up to rounding in less memory; inference is not touched.  Only with "batch" and "relu",
+        without ``lrn`` and ``features_only``.
 
     Raises
     ------
@@ -191,7 +206,11 @@ class BNInception(nn.Module):
     everywhere; :class:`bnlib.BatchNorm` computes the same and can replace it.
     """
 
-    __constants__ = ("aux", "features_only")  # so that TorchScript compiles one branch only
+    __constants__ = (
+        "aux",
+        "features_only",
+        "recompute",
+    )  # so that TorchScript compiles one branch only
 
     def __init__(
         self,
@@ -211,12 +230,13 @@ class BNInception(nn.Module):
         image_size: int | tuple[int, int] = 224,
         eps: float = 1e-5,
         init_scale: float = 1.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         size = _check_options(locals())
         bias = normalization == "none" if conv_bias is None else conv_bias
-        conv = _Builder(normalization, activation, bias, eps)
-        self.features_only, self.aux = features_only, aux_head
+        conv = _Builder(normalization, activation, bias, eps, recompute)
+        self.features_only, self.aux, self.recompute = features_only, aux_head, recompute
         self.num_classes = num_classes
         rows = {row.type: row for row in (*FIGURE5[:4], *repaired(pool_proj_4cd))}
 
@@ -289,23 +309,39 @@ class BNInception(nn.Module):
             (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
             (N, 1024, H/32, W/32), sizes rounded up; 608 and 1024 with ``pool_proj_4cd=128``.
         """
+        stride2, stride4 = self._stem(x)
+        return [stride2, stride4] + self._inception_modules(self.pool2(stride4))  # noqa: RUF005
+
+    def _stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
         stride2 = self.conv1(self.images(x))
         stride4 = self.lrn2(self.conv2(self.conv2_reduce(self.lrn1(self.pool1(stride2)))))
+        return stride2, stride4
+
+    @torch.jit.unused
+    def _frugal_stem(self, x: Tensor) -> Tensor:
+        x = norm_relu_pool(self.conv1.conv(self.images(x)), self.conv1.norm)
+        return norm_relu_pool(self.conv2.conv(self.conv2_reduce(x)), self.conv2.norm)
+
+    def _inception_modules(self, x: Tensor) -> list[Tensor]:
         modules = self.inception
-        stride8 = modules["3b"](modules["3a"](self.pool2(stride4)))
+        stride8 = modules["3b"](modules["3a"](x))
         x = modules["4b"](modules["4a"](modules["3c"](stride8)))
         stride16 = modules["4d"](modules["4c"](x))
         stride32 = modules["5b"](modules["5a"](modules["4e"](stride16)))
-        return [stride2, stride4, stride8, stride16, stride32]
+        return [stride8, stride16, stride32]
 
     def forward(self, x: Tensor) -> Any:
         """Logits (N, num_classes); or what ``features_only`` or ``aux_head`` ask for."""
-        maps = self.feature_maps(x)
         if self.features_only:
-            return maps
-        logits = self.fc(self.dropout(self.global_pool(maps[4])))
+            return self.feature_maps(x)
+        if self.recompute and self.training:
+            x = self._frugal_stem(x)
+        else:
+            x = self.pool2(self._stem(x)[1])
+        _, stride16, stride32 = self._inception_modules(x)
+        logits = self.fc(self.dropout(self.global_pool(stride32)))
         if self.aux and self.training:
-            return WithAuxiliary(logits, self.auxiliary(maps[3]))
+            return WithAuxiliary(logits, self.auxiliary(stride16))
         return logits
 
 
@@ -371,6 +407,12 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
         )
     if options["aux_head"] and (options["features_only"] or not options["num_classes"]):
         raise ValueError("aux_head needs num_classes > 0 and not features_only")
+    plain = options["normalization"] == "batch" and options["activation"] == "relu"
+    if options["recompute"] and (not plain or options["lrn"] or options["features_only"]):
+        raise ValueError(
+            "recompute needs normalization='batch' and activation='relu', and neither lrn nor "
+            "features_only"
+        )
     size = options["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST:
