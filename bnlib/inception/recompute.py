@@ -17,11 +17,6 @@ from torch.nn import functional as F
 __all__ = ["norm_relu_pool"]
 
 
-def _transform(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    return F.max_pool2d(F.relu_(y), 3, 2, ceil_mode=True)
-
-
 class _NormReLUPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -31,10 +26,11 @@ class _NormReLUPool(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        x, weight, bias = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
-            y = _transform(*saved, ctx.eps)
-        return *torch.autograd.grad(y, saved, grads[0]), None
+            y = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.eps)
+            y = F.max_pool2d(F.relu_(y), 3, 2, ceil_mode=True)
+        return *torch.autograd.grad(y, (x, weight, bias), grads[0]), None
 
 
 def norm_relu_pool(x: Tensor, norm: nn.Module) -> Tensor:
