@@ -125,7 +125,8 @@ class AuxiliaryHead(nn.Sequential):
     """
 
     def __init__(self, channels: int, map_size: tuple[int, int], num_classes: int) -> None:
-        height, width = ((n - 5) // 3 + 1 for n in map_size)
+        self.pooled_size = [(n - 5) // 3 + 1 for n in map_size]
+        height, width = self.pooled_size
         super().__init__(
             nn.AvgPool2d(5, 3),
             nn.Conv2d(channels, 128, 1),
@@ -135,6 +136,19 @@ class AuxiliaryHead(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.Linear(768, num_classes),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to (N, num_classes)."""
+        found = [(n - 5) // 3 + 1 for n in x.shape[2:]]
+        if found != self.pooled_size:
+            raise ValueError(
+                f"the auxiliary head pools these images to {found}, but was made for "
+                f"{self.pooled_size}: make the network with image_size=(height, width) of the "
+                "images, or give it images of the size it was made for"
+            )
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class BNInception(nn.Module):
@@ -203,7 +217,7 @@ class BNInception(nn.Module):
     biases 0, gamma 1, beta 0.
 
     Normalization is ``torch.nn.BatchNorm2d``, which has fused kernels on every device and exports
-    everywhere; :class:`bnlib.BatchNorm` computes the same and can replace it.
+    everywhere; :class:`~bnlib.modules.BatchNorm` computes the same and can replace it.
     """
 
     __constants__ = (
@@ -307,7 +321,8 @@ class BNInception(nn.Module):
         -------
         list of torch.Tensor
             (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
-            (N, 1024, H/32, W/32), sizes rounded up; 608 and 1024 with ``pool_proj_4cd=128``.
+            (N, 1024, H/32, W/32); 608 and 1024 with ``pool_proj_4cd=128``.  An odd size is halved
+            downward by the stem's poolings (strides 4 and 8) and upward elsewhere.
         """
         stride2, stride4 = self._stem(x)
         return [stride2, stride4] + self._inception_modules(self.pool2(stride4))  # noqa: RUF005
@@ -406,7 +421,10 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
             f"(it is {options['num_classes']})"
         )
     if options["aux_head"] and (options["features_only"] or not options["num_classes"]):
-        raise ValueError("aux_head needs num_classes > 0 and not features_only")
+        raise ValueError(
+            "aux_head needs num_classes > 0 and features_only=False; they are "
+            f"{options['num_classes']} and {options['features_only']}"
+        )
     plain = options["normalization"] == "batch" and options["activation"] == "relu"
     if options["recompute"] and (not plain or options["lrn"] or options["features_only"]):
         raise ValueError(
@@ -417,6 +435,6 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST:
         raise ValueError(f"image_size is {size}; height and width must be at least {SMALLEST}")
-    if options["aux_head"] and min(height, width) < 65:
-        raise ValueError(f"image_size is {size}; the auxiliary head pools 5x5 on 4d and needs 65")
+    if options["aux_head"] and min(height, width) < 71:
+        raise ValueError(f"image_size is {size}; the auxiliary head pools 5x5 on 4d and needs 71")
     return height, width

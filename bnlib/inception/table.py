@@ -24,8 +24,8 @@ class Row(NamedTuple):
     projection: int
 
 
-#: As printed, inconsistencies included: 4c and 4d concatenate to 608 channels, not to 576; 3c and
-#: 4e state the size before their stride.
+#: The fifteen lines as printed, with what contradicts itself in them.  4c and 4d concatenate to 608
+#: channels, not to 576; 3c and 4e state the size before their stride.
 FIGURE5 = (
     # type      patch stride output  depth  1x1  3x3r  3x3  d3x3r d3x3  pool + projection
     Row("conv1",    7, 2, (112, 64),   1,    0,    0,    0,    0,    0, "",      0),

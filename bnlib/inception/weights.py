@@ -1,0 +1,353 @@
+"""The published weights of BN-Inception: the pretrainedmodels port's files, read and written.
+
+The port (pretrainedmodels 0.7.4, ``bninception``) carries the Caffe weights that most users of
+BN-Inception have, in files such as ``bn_inception-52deb4733.pth``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnlib.inception.architecture import BNInception
+
+__all__ = ["cadene_transform", "load_cadene", "to_cadene"]
+
+# Our names and the port's.  A layer's key is the port's stem name, or inception_<module>_<branch>;
+# its normalization's key has _bn after it.
+_STEM = {"conv1": "conv1_7x7_s2", "conv2_reduce": "conv2_3x3_reduce", "conv2": "conv2_3x3"}
+_BRANCHES = {
+    "conv1x1": "1x1",
+    "reduce3x3": "3x3_reduce",
+    "conv3x3": "3x3",
+    "reduce_double3x3": "double_3x3_reduce",
+    "double3x3_1": "double_3x3_1",
+    "double3x3_2": "double_3x3_2",
+    "projection": "pool_proj",
+}
+_PARTS = {"conv": "", "norm": "_bn"}
+
+# What the weights leave open; every other option would make another function of them.
+_FREE_OPTIONS = (
+    "conv_bias",
+    "dropout",
+    "features_only",
+    "global_pool",
+    "num_classes",
+    "recompute",
+)
+
+_EXPECTED = (
+    "a state dict of the pretrainedmodels port of BN-Inception, as in bn_inception-52deb4733.pth"
+)
+_FILE_STARTS = {
+    b"<": "a web page, so the download has failed",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"PK": "a zip archive as torch.save writes, but cut off or damaged, or holding something else",
+    b"\x80": "a pickle, but cut off or damaged, or no checkpoint",
+}
+_NETWORKS = {  # by a key that only this network has
+    "inception.3a.conv1x1.conv.weight": "this library's own; use BNInception(...).load_state_dict",
+    "layer1.0.conv1.weight": "torchvision's resnet",
+    "inception3a.branch1.conv.weight": "torchvision's googlenet",
+    "Mixed_5b.branch1x1.conv.weight": "torchvision's inception_v3",
+    "features.denseblock1.denselayer1.conv1.weight": "torchvision's densenet",
+    "features.0.weight": "torchvision's vgg or alexnet",
+    "conv1_7x7_s2.weight": "the port's or a descendant's, with layers changed",
+}
+
+
+def load_cadene(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], **options: Any
+) -> BNInception:
+    """BN-Inception with weights in the layout of the pretrainedmodels port.
+
+    The network computes what the port computes, in evaluation and in training, on every image size
+    that the port takes.  It expects the port's input: see :func:`cadene_transform`.
+
+    Parameters
+    ----------
+    path_or_state_dict
+        A file, as ``torch.save`` writes it, or the state dict itself.  It may be nested under
+        "state_dict", and its keys may begin with "module.", as DataParallel leaves them.  Where the
+        file has vectors of shape (1, C), as files of the first PyTorch versions do, they count as
+        (C,).  ``num_batches_tracked`` may be missing.
+    **options
+        ``dropout``, ``features_only``, ``global_pool`` and ``recompute`` of
+        :class:`~bnlib.inception.architecture.BNInception`.
+        ``num_classes=0`` leaves out the classifier, whether or not the file has one; otherwise the
+        number of classes is the file's.  ``conv_bias=False`` subtracts the convolutions' biases
+        from the running means and drops them: the same function, in training too, with 10,016
+        parameters fewer.
+
+    Returns
+    -------
+    BNInception
+        In evaluation mode, with copies of the tensors, in their dtype, on their device; those of a
+        file are on the CPU.  Random numbers are not drawn.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    TypeError
+        If an option is unknown or fixed by the weights, or the argument is neither a path nor a
+        mapping.
+    ValueError
+        If the file is no checkpoint, is cut off, holds more than tensors (nothing in it is ever
+        executed), or belongs to another network; the message says what it looks like.
+    """
+    if fixed := sorted(options.keys() - set(_FREE_OPTIONS)):
+        raise TypeError(f"options {fixed}: these weights leave only {list(_FREE_OPTIONS)} open")
+    if isinstance(path_or_state_dict, (str, os.PathLike)):
+        name = f"file {os.fspath(path_or_state_dict)!r}"
+        found = _state_dict(_read(path_or_state_dict, name), name)
+    elif isinstance(path_or_state_dict, Mapping):
+        name = "the state dict"
+        found = _state_dict(path_or_state_dict, name)
+    else:
+        raise TypeError(
+            f"got a {type(path_or_state_dict).__name__}; expected a path or a state dict (of a "
+            "model: model.state_dict())"
+        )
+
+    classifier = {key: value for key, value in found.items() if key.startswith("last_linear.")}
+    has_classifier = options.get("num_classes") != 0 and not options.get("features_only")
+    if not has_classifier:
+        found = {key: value for key, value in found.items() if key not in classifier}
+    weight = classifier.get("last_linear.weight")
+    classes = len(weight) if weight is not None and weight.ndim == 2 else 1000
+    if options.get("num_classes", classes) not in (0, classes):
+        raise ValueError(
+            f"num_classes is {options['num_classes']}, but {name} has {classes} classes. For "
+            "others, load it and put a new torch.nn.Linear(model.num_features, classes) at model.fc"
+        )
+    first = found.get("conv1_7x7_s2.weight")
+    in_chans = first.shape[1] if first is not None and first.ndim == 4 else 3
+    keep_bias = bool(options.pop("conv_bias", True))
+    options["num_classes"] = classes if has_classifier else 0
+
+    model = _skeleton(in_chans, conv_bias=True, **options)
+    state = _matched(model, found, name)
+    if not keep_bias:
+        model = _skeleton(in_chans, conv_bias=False, **options)
+        for mean in [key for key in state if key.endswith("norm.running_mean")]:
+            state[mean] -= state.pop(mean.replace("norm.running_mean", "conv.bias"))
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def to_cadene(model: BNInception) -> dict[str, Tensor]:
+    """The weights of a network in the layout of the pretrainedmodels port; the inverse of loading.
+
+    Parameters
+    ----------
+    model
+        Made with ``pool_proj_4cd=128``, and otherwise as the port: plain stem, batch normalization,
+        ReLU, no local response normalization, average pooling, a classifier.  An auxiliary head is
+        left out, and convolutions without bias get zeros: evaluation does not change by either.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Copies, for ``load_state_dict`` of the port or for ``torch.save``.
+
+    Raises
+    ------
+    TypeError
+        If the model is not a :class:`~bnlib.inception.architecture.BNInception`.
+    ValueError
+        If the port could not compute what this network does; the message says where it differs.
+    """
+    if not isinstance(model, BNInception):
+        raise TypeError(f"got a {type(model).__name__}; only a BNInception has the port's layers")
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("auxiliary.")}
+    classes = model.fc.out_features if isinstance(model.fc, nn.Linear) else 1000
+    like = _skeleton(model.images.channels, num_classes=classes, conv_bias=True)
+    expected = like.state_dict()
+    for key, value in expected.items():
+        if key.endswith("conv.bias") and key not in state:
+            state[key] = torch.zeros(value.shape).to(next(model.parameters()))
+    differences = _differences(expected, state)
+    for kind in (nn.Sigmoid, nn.LocalResponseNorm, nn.AdaptiveMaxPool2d):
+        if any(isinstance(module, kind) for module in model.modules()):
+            differences.append(f"  layers: it has {kind.__name__}, the port has not")
+    eps = {module.eps for module in model.modules() if isinstance(module, _BatchNorm)} - {1e-5}
+    if eps:
+        differences.append(f"  eps: {sorted(eps)}, the port has 1e-05")
+    if differences:
+        raise ValueError(
+            "the port cannot compute what this network does:\n" + "\n".join(differences) + "\n"
+            "A network that it can is bn_inception(pool_proj_4cd=128), not yet folded"
+        )
+    return {_their_key(key): value.detach().clone() for key, value in state.items()}
+
+
+def cadene_transform(resize: int = 256, size: int = 224) -> Callable[[Any], Tensor]:
+    """The port's preparation of images, for networks from :func:`load_cadene`.
+
+    Shorter side to ``resize``, bilinear; the square in the center; channels blue, green, red;
+    values 0 to 255, less the means 104, 117 and 128; no division by a deviation.
+
+    Parameters
+    ----------
+    resize
+        Length of the shorter side in pixels.
+    size
+        Side of the square in pixels, from 32 to ``resize``.
+
+    Returns
+    -------
+    callable
+        From a PIL image, of any mode, to a float32 tensor (3, size, size).  It can be pickled, as
+        the workers of a DataLoader need.
+
+    Raises
+    ------
+    ImportError
+        If torchvision is missing.
+    ValueError
+        If the square is too small for the network or larger than the image would be.
+    """
+    if not 32 <= size <= resize:
+        raise ValueError(
+            f"size is {size} and resize {resize}; size must be from 32, the smallest image that "
+            "the network takes, to resize"
+        )
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ImportError(
+            "cadene_transform needs torchvision, the rest of bnlib does not; install it with "
+            "pip install torchvision"
+        ) from error
+    return v2.Compose(
+        [
+            v2.RGB(),
+            v2.Resize(resize),
+            v2.CenterCrop(size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32),
+            functools.partial(torch.flip, dims=[0]),
+            v2.Normalize([104.0, 117.0, 128.0], [1.0, 1.0, 1.0]),
+        ]
+    )
+
+
+def _skeleton(in_chans: int, **options: Any) -> BNInception:
+    """The port's network without memory for its tensors."""
+    with torch.device("meta"):
+        return BNInception(in_chans=in_chans, pool_proj_4cd=128, eps=1e-5, **options)
+
+
+def _their_key(ours: str) -> str:
+    """The port's name for a key of our state dict."""
+    *path, tensor = ours.split(".")
+    if path == ["fc"]:
+        return f"last_linear.{tensor}"
+    *layer, part = path
+    name = f"inception_{layer[1]}_{_BRANCHES[layer[2]]}" if len(layer) > 1 else _STEM[layer[0]]
+    return f"{name}{_PARTS[part]}.{tensor}"
+
+
+def _read(path: str | os.PathLike[str], name: str) -> Any:
+    """What a file holds, if that is nothing but tensors and plain containers."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no {name}; expected {_EXPECTED}, downloaded before")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a directory; expected a file with {_EXPECTED}")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        file.seek(0)
+        if not start:
+            raise ValueError(f"{name} is empty; expected {_EXPECTED}. Download it again")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file makes torch.load fail in any of many ways
+            reason = str(error)
+    # Not chained, nor its warnings shown: torch advises to load the file with less caution.
+    if code := re.search(r"(?:GLOBAL|global:?) (\S+\.\S+)", reason):
+        raise ValueError(
+            f"{name} holds more than tensors ({code[1]}), and loading that could run code, so it "
+            f"was not loaded; expected {_EXPECTED}. If it is yours, save model.state_dict() instead"
+        )
+    kinds = (what for head, what in _FILE_STARTS.items() if start.lstrip().startswith(head))
+    looks = next(kinds, f"no file that torch.save writes: its first bytes are {start!r}")
+    raise ValueError(
+        f"{name} cannot be read as a checkpoint. It is {looks}. Expected "
+        f"{_EXPECTED}. Compare its size with the source's, or download it again"
+    )
+
+
+def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
+    """The tensors by name, without nesting and prefix."""
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} holds a {type(content).__name__}; expected {_EXPECTED}")
+    if others := [key for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{name} holds {_first(map(repr, others))} that are no tensors; expected {_EXPECTED}, "
+            'at the top or under "state_dict"'
+        )
+    prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
+    return {str(key)[len(prefix) :]: value.detach() for key, value in content.items()}
+
+
+def _matched(model: BNInception, found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Copies of the tensors under our names, after every name and shape has been compared."""
+    ours = {_their_key(key): key for key in model.state_dict()}
+    expected = {theirs: model.state_dict()[key] for theirs, key in ours.items()}
+    found = dict(found)
+    for theirs, like in expected.items():
+        if theirs.endswith(".num_batches_tracked"):
+            found.setdefault(theirs, torch.tensor(0))
+        elif theirs in found and found[theirs].shape == (1, *like.shape) and like.ndim == 1:
+            found[theirs] = found[theirs][0]
+    if differences := _differences(expected, found):
+        looks = next((what for key, what in _NETWORKS.items() if key in found), None)
+        nested = [key for key in found if key.endswith(".conv1_7x7_s2.weight")]
+        if nested:
+            prefix = nested[0].removesuffix("conv1_7x7_s2.weight")
+            looks = f"the port's with {prefix!r} before each key; remove that"
+        raise ValueError(
+            f"{name} does not fit; expected {_EXPECTED}:\n"
+            + "\n".join(differences)
+            + (f"\nIts keys look like {looks}" if looks else "")
+        )
+    return {key: found[theirs].clone() for theirs, key in ours.items()}
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``found`` from taking the place of ``expected``, one line for each kind."""
+    both = expected.keys() & found.keys()
+    kinds = {
+        "missing": [key for key in expected if key not in both],
+        "unexpected": [key for key in found if key not in both],
+        "of another kind": [
+            f"{key} ({found[key].dtype}, shape {list(found[key].shape)}, not {list(like.shape)})"
+            for key, like in expected.items()
+            if key in both
+            and (like.shape, like.is_floating_point())
+            != (found[key].shape, found[key].is_floating_point())
+        ],
+    }
+    return [f"  {kind}: {_first(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
