@@ -1,0 +1,141 @@
+"""The command line: ``python -m bnlib COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+FINISHED, FAILED, USAGE, DIVERGED = 0, 1, 2, 3
+EXIT_CODES = """\
+exit codes: 0 finished, or stopped by SIGTERM or SIGINT with a checkpoint, from which the same
+command goes on; 1 an error; 2 wrong usage; 3 the network diverged, which is recorded as a result
+"""
+
+
+def _train(argv: list[str]) -> int:
+    from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, fields, recipe
+    from bnlib.imagenet.settings import Settings
+    from bnlib.imagenet.train import train
+
+    parser = argparse.ArgumentParser(
+        "python -m bnlib train",
+        description="Train one of the paper's networks; the same command resumes.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", choices=[*RECIPES, *ENSEMBLE], metavar="RECIPE", help=_names())
+    parser.add_argument("--data", required=True, help="a folder with train/ and val/, ImageNet's "
+                        "archives, a packed copy, or hf:NAME")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="the run's folder (default runs/RECIPE)")
+    fields.add_arguments(parser, Settings, "how to run it")
+    fields.add_arguments(parser, Recipe, "the recipe; what is not given stays as RECIPE has it")
+    arguments = parser.parse_args(argv)
+    chosen = recipe(arguments.recipe).replace(**fields.given(Recipe, arguments))
+    settings = Settings(**fields.given(Settings, arguments))
+    out = arguments.out or Path("runs") / chosen.name
+    verdict = train(chosen, arguments.data, out, settings)
+    print(f"{chosen.name}: {verdict}")
+    return DIVERGED if verdict.startswith("diverged") else FINISHED
+
+
+def _names() -> str:
+    from bnlib.imagenet import ENSEMBLE, RECIPES
+
+    return ", ".join([*RECIPES, *ENSEMBLE])
+
+
+def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
+    from bnlib.imagenet.crops import CROPS
+
+    parser.add_argument("--data", required=True, help="as for training; its val/ part is used")
+    parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--batch", type=int, default=100, help="views at once")
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m bnlib evaluate", description="Accuracy of a trained network on held-out images."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run's folder, its network.pt, or step-*.pt"
+    )
+    _held_out_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return _evaluate_all([arguments.checkpoint], arguments)
+
+
+def _ensemble(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m bnlib ensemble",
+        description="Accuracy of the arithmetic mean of several networks' probabilities.",
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="as for evaluate, one or more")
+    _held_out_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return _evaluate_all(arguments.checkpoint, arguments)
+
+
+def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
+    import torch
+
+    from bnlib.imagenet.evaluate import ensemble, load_network, probabilities
+    from bnlib.imagenet.parallel import processes
+    from bnlib.imagenet.sources import open_source
+
+    source, members = open_source(arguments.data, "val"), []
+    with processes(arguments.device) as group:
+        for path in paths:
+            network, recipe = load_network(path)
+            found, labels, damaged = probabilities(
+                network.to(group.device).to(memory_format=torch.channels_last),
+                source,
+                recipe.image_size,
+                arguments.crops,
+                device=group.device,
+                batch=arguments.batch,
+                progress=True,
+            )
+            members.append(found)
+            print(f"{path}: {arguments.crops} crops: {ensemble([found], labels)}")
+    for name, reason in damaged.items():
+        print(f"left out {name}: {reason}")
+    if len(members) > 1:
+        print(f"ensemble of {len(members)}: {ensemble(members, labels)}")
+    return FINISHED
+
+
+def _pack(argv: list[str]) -> int:
+    from bnlib.imagenet import pack
+
+    return pack.main(argv) or FINISHED
+
+
+COMMANDS = {"train": _train, "evaluate": _evaluate, "ensemble": _ensemble, "pack": _pack}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; errors that a user can mend are one line, not a trace."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m bnlib {{{','.join(COMMANDS)}}} ...\n\n{EXIT_CODES}", end="")
+        return FINISHED if argv else USAGE
+    if argv[0] not in COMMANDS:
+        print(
+            f"unknown command {argv[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        return USAGE
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except ImportError as error:
+        print(f"{error}: install it with pip install 'bnlib[train]'", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

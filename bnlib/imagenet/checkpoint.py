@@ -1,0 +1,135 @@
+"""Checkpoints that survive: atomic, checksummed, the last few kept.
+
+A checkpoint is a file ``step-<step>-<checksum>.pt`` that ``torch.load(weights_only=True)`` reads.
+The checksum in its name, the first 16 digits of the content's sha256, tells a whole file from a
+damaged one.  It is written under a temporary name, flushed to disk and renamed, so that a kill or a
+full disk leaves the files before it as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnlib.runs import write_atomically
+
+__all__ = ["CheckpointError", "checkpoints", "load", "load_latest", "save"]
+
+_LOGGER = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, reverse=True)
+
+
+def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint, then remove all but the newest ``keep``.
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+    state
+        Tensors, numbers and strings in dictionaries and lists; ``state["step"]`` names the file.
+    keep
+        How many checkpoints stay, 1 or more.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, as when the disk is full.  What stood there before stands still.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"step-{state['step']:09d}-{digest}.pt"
+    write_atomically(path, content)
+    for old in checkpoints(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU.
+
+    Parameters
+    ----------
+    path
+        A checkpoint, or a file that holds a trained network; or the folder of a run, which stands
+        for its newest readable one.
+
+    Raises
+    ------
+    CheckpointError
+        If it does not exist, is damaged, or holds something else.  Nothing in a file is executed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state = load_latest(path)
+        if state is None:
+            raise CheckpointError(f"{path} has no checkpoint (step-*.pt); train there first")
+        return state
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    name = _NAME.fullmatch(path.name)
+    if name and hashlib.sha256(content).hexdigest()[:16] != name[2]:
+        raise CheckpointError(
+            f"{path} is damaged: its content does not have the checksum in its name. Use the "
+            "checkpoint before it"
+        )
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged or foreign files
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no checkpoint of a training run: {first}") from error
+    if not isinstance(state, dict) or not {"recipe", "step", "model"} <= state.keys():
+        raise CheckpointError(
+            f"{path} holds no training run of this library: it lacks 'recipe', 'step' or 'model'"
+        )
+    return state
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that can be read, or None if it has none.
+
+    A damaged one is passed over with a warning.
+
+    Raises
+    ------
+    CheckpointError
+        If there are checkpoints but none can be read.
+    """
+    paths = checkpoints(folder)
+    for path in paths:
+        try:
+            return load(path)
+        except CheckpointError as error:
+            _LOGGER.warning("%s; falling back to the one before", error)
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; remove them to start "
+            "anew"
+        )
+    return None

@@ -1,0 +1,373 @@
+"""Mini-batches for training and evaluation, made by worker processes.
+
+The mini-batch of a step is a function of the recipe, the data set and the step alone. Workers make
+whole mini-batches in turn, so that their number changes nothing, and a run that resumes at a step
+sees the mini-batches that it would have seen. They hand over pixels as uint8; the photometric
+distortions and the normalization are done where the network is, a mini-batch at a time.
+
+Images are RGB, (x / 255 - mean) / std with ImageNet's usual mean and deviation per channel:
+:func:`bnlib.imagenet.augment.normalize`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bnlib.imagenet import augment
+from bnlib.imagenet.augment import Box
+from bnlib.imagenet.decode import DamagedImage, Encoded, decoder
+from bnlib.imagenet.examples import Source
+from bnlib.imagenet.order import Order, local_positions, steps_per_epoch
+from bnlib.imagenet.recipes import Recipe
+
+__all__ = ["Batches", "EvaluationBatches", "batches", "evaluation_batches", "steps_per_epoch"]
+
+_LOGGER = logging.getLogger(__name__)
+PATIENCE = 100  # unreadable images in a row, after which the data set is not worth training on
+
+
+class _Prepared(NamedTuple):
+    """What a worker hands over: tensors, and what it found damaged."""
+
+    images: Tensor
+    labels: Tensor
+    order: Tensor
+    factors: Tensor
+    damaged: dict[str, str]
+
+
+class _Batches(Dataset[_Prepared]):
+    """From the number of a step to its mini-batch (of one process)."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, rank: int, world: int, skip_damaged: bool
+    ) -> None:
+        self.source, self.recipe, self.skip_damaged = source, recipe, skip_damaged
+        self.rank, self.world = rank, world
+        self.per_epoch = steps_per_epoch(len(source), recipe.batch_size)
+        local_positions(0, recipe.batch_size, rank, world)
+        self.order = Order(len(source), recipe.seed, recipe.shards, recipe.within_shard_shuffling)
+        self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
+        self.known: dict[int, DamagedImage] = {}
+
+    def __getitem__(self, step: int) -> _Prepared:
+        epoch, batch = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.indices = epoch, self.order.indices(epoch)
+        positions = local_positions(batch, self.recipe.batch_size, self.rank, self.world)
+        n, size = len(positions), self.recipe.image_size
+        # channels last, as pixels come from the decoder
+        images = torch.empty(n, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        labels = torch.empty(n, dtype=torch.int64)
+        order = torch.empty(n, 3, dtype=torch.int64)
+        factors = torch.empty(n, 3)
+        damaged: dict[str, str] = {}
+        for i, position in enumerate(positions):
+            pixels, label, drawn = self._readable(position, damaged)
+            images[i].copy_(pixels.flip(-1) if drawn.flip else pixels)
+            labels[i] = label
+            order[i], factors[i] = torch.tensor(drawn.order), torch.tensor(drawn.factors)
+        return _Prepared(images, labels, order, factors, damaged)
+
+    def _readable(
+        self, position: int, damaged: dict[str, str]
+    ) -> tuple[Tensor, int, augment.Augmentation]:
+        """The example at a position of the epoch, or the next one that can be read."""
+        for attempt in range(min(PATIENCE, len(self.source))):
+            index = int(self.indices[(position + attempt) % len(self.source)])
+            try:
+                if index in self.known:
+                    raise self.known[index]
+                return self._augmented(index)
+            except DamagedImage as error:
+                if not self.skip_damaged:
+                    raise
+                self.known[index] = error
+                damaged[error.name] = error.reason
+        raise DamagedImage(
+            self.source.location,
+            f"{len(damaged)} images in a row cannot be read, such as {next(iter(damaged.items()))}",
+        )
+
+    def _augmented(self, index: int) -> tuple[Tensor, int, augment.Augmentation]:
+        recipe = self.recipe
+        encoded, label = _read(self.source, index)
+        drawn = augment.draw(
+            encoded.width,
+            encoded.height,
+            seed=recipe.seed,
+            epoch=self.epoch,
+            index=index,
+            photometric=recipe.photometric,
+            min_area=recipe.min_area,
+            max_aspect=recipe.max_aspect,
+        )
+        return encoded.crop(drawn.box, recipe.image_size), label, drawn
+
+
+def _read(source: Source, index: int) -> tuple[Encoded, int]:
+    try:
+        data, label, name = source[index]
+    except OSError as error:
+        raise DamagedImage(
+            source.name(index), f"cannot be read: {error.strerror or error}"
+        ) from error
+    return Encoded(data, name), label
+
+
+def _start_worker(_: int) -> None:
+    # The main process alone decides what a signal means; workers end when it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _prepared(
+    dataset: Dataset[_Prepared], items: Iterable[int], workers: int, device: torch.device
+) -> Iterator[_Prepared]:
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+        # its own: a loader must not draw from the generator that initializes and drops out
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _floating(images: Tensor, device: torch.device) -> Tensor:
+    moved = images.to(device, non_blocking=True)
+    return moved.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+class _Counting:
+    """Iterators that gather the damaged images that workers report."""
+
+    def __init__(self, source: Source) -> None:
+        self.damaged: dict[str, str] = {}
+        self._location = source.location
+        decoder()  # says once, here and not in every worker, what decodes
+
+    def _count(self, found: dict[str, str]) -> None:
+        for name, reason in found.items():
+            if name not in self.damaged:
+                self.damaged[name] = reason
+                _LOGGER.warning(
+                    "skipped a damaged image of %s (%d so far): %s: %s",
+                    self._location,
+                    len(self.damaged),
+                    name,
+                    reason,
+                )
+
+
+class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
+    """What :func:`batches` returns.
+
+    Attributes
+    ----------
+    damaged
+        The images that could not be read so far: from name to reason.
+    steps_per_epoch
+        Steps that make one pass over the source.
+    """
+
+    def __init__(
+        self,
+        dataset: _Batches,
+        start_step: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(dataset.source)
+        self.steps_per_epoch = dataset.per_epoch
+        self._device, self._photometric = device, dataset.recipe.photometric > 0
+        self._steps = itertools.count(start_step)
+        self._prepared = _prepared(dataset, itertools.count(start_step), workers, device)
+
+    def __next__(self) -> tuple[int, Tensor, Tensor]:
+        prepared = next(self._prepared)
+        self._count(prepared.damaged)
+        images = _floating(prepared.images, self._device)
+        if self._photometric:
+            order = prepared.order.to(self._device, non_blocking=True)
+            factors = prepared.factors.to(self._device, non_blocking=True)
+            images = augment.distort(images, order, factors)
+        labels = prepared.labels.to(self._device, non_blocking=True)
+        return next(self._steps), augment.normalize(images), labels
+
+
+def batches(
+    source: Source,
+    recipe: Recipe,
+    *,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    skip_damaged: bool = True,
+) -> Batches:
+    """Training mini-batches forever, epoch after epoch, from a step on.
+
+    Parameters
+    ----------
+    source
+        The images.
+    recipe
+        Its ``batch_size``, ``image_size``, ``seed``, shuffling and augmentation fields apply.
+    start_step
+        The first step.
+    rank, world
+        This process and the number of processes that share every mini-batch.
+    workers
+        Processes that prepare mini-batches; 0 prepares them in this one. Changes no mini-batch.
+    device
+        Where the mini-batches shall be.
+    skip_damaged
+        Whether an image that cannot be read is replaced by the next in the epoch's order that can;
+        else it is an error.
+
+    Returns
+    -------
+    Batches
+        An iterator of (step, images, labels): int; float32 (n, 3, S, S), normalized; int64 (n,);
+        with n the recipe's ``batch_size`` divided by ``world``.
+
+    Raises
+    ------
+    ValueError
+        If a mini-batch has more examples than the source or cannot be divided among the processes.
+    DamagedImage
+        While iterating: if an image cannot be read and ``skip_damaged`` is off, or a hundred in a
+        row cannot.
+    """
+    if start_step < 0 or workers < 0:
+        raise ValueError(
+            f"start_step is {start_step} and workers {workers}; they must be at least 0"
+        )
+    if len(source.classes) > recipe.num_classes:
+        raise ValueError(
+            f"{source.location} has {len(source.classes)} classes, the recipe "
+            f"{recipe.num_classes}; set --num-classes {len(source.classes)}"
+        )
+    dataset = _Batches(source, recipe, rank, world, skip_damaged)
+    return Batches(dataset, start_step, workers, torch.device(device))
+
+
+class _Centers(Dataset[_Prepared]):
+    """From indices to the middles of photographs."""
+
+    def __init__(self, source: Source, size: int, resize: int, chunks: list[range]) -> None:
+        self.source, self.size, self.resize, self.chunks = source, size, resize, chunks
+
+    def __getitem__(self, number: int) -> _Prepared:
+        images, labels = [], []
+        damaged: dict[str, str] = {}
+        for index in self.chunks[number]:
+            try:
+                encoded, label = _read(self.source, index)
+                pixels = encoded.resize_shorter(self.resize)
+            except DamagedImage as error:
+                damaged[error.name] = error.reason
+                continue
+            height, width = pixels.shape[1:]
+            box = Box(
+                round((width - self.size) / 2),
+                round((height - self.size) / 2),
+                self.size,
+                self.size,
+            )
+            images.append(pixels[:, box.top :, box.left :][:, : self.size, : self.size])
+            labels.append(label)
+        empty = torch.empty(0)
+        stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
+        return _Prepared(stacked, torch.tensor(labels, dtype=torch.int64), empty, empty, damaged)
+
+
+class EvaluationBatches(_Counting, Iterator[tuple[Tensor, Tensor]]):
+    """What :func:`evaluation_batches` returns.
+
+    Attributes
+    ----------
+    damaged
+        The images that could not be read so far: from name to reason.
+    """
+
+    def __init__(self, dataset: _Centers, workers: int, device: torch.device) -> None:
+        super().__init__(dataset.source)
+        self._device = device
+        self._prepared = _prepared(dataset, range(len(dataset.chunks)), workers, device)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        while True:
+            prepared = next(self._prepared)
+            self._count(prepared.damaged)
+            if len(prepared.labels):
+                break
+        images = _floating(prepared.images, self._device)
+        return augment.normalize(images), prepared.labels.to(self._device, non_blocking=True)
+
+
+def evaluation_batches(
+    source: Source,
+    size: int,
+    resize: int,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> EvaluationBatches:
+    """The middle of every photograph, once, in the source's order.
+
+    Images that cannot be read are left out and counted. The last mini-batch may be smaller.
+
+    Parameters
+    ----------
+    source
+        The images.
+    size
+        Height and width of the crop, pixels.
+    resize
+        Length of the photograph's shorter side before, pixels; at least ``size``.
+    batch_size
+        Examples of a mini-batch of this process.
+    rank, world
+        This process takes every ``world``-th example from ``rank`` on.
+    workers
+        Processes that prepare mini-batches; 0 prepares them in this one.
+    device
+        Where the mini-batches shall be.
+
+    Returns
+    -------
+    EvaluationBatches
+        An iterator of (images, labels): float32 (n, 3, size, size), normalized as in training;
+        int64 (n,).
+
+    Raises
+    ------
+    ValueError
+        If the crop is larger than the photograph will be, or another number is out of range.
+    """
+    if not 1 <= size <= resize or batch_size < 1 or workers < 0 or not 0 <= rank < world:
+        raise ValueError(
+            f"size {size} must be from 1 to resize {resize}, batch_size {batch_size} at least 1, "
+            f"workers {workers} at least 0, rank {rank} from 0 to below world {world}"
+        )
+    mine = range(rank, len(source), world)
+    chunks = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    return EvaluationBatches(_Centers(source, size, resize, chunks), workers, torch.device(device))

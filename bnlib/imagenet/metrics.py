@@ -1,0 +1,77 @@
+"""What a training run reports: JSON lines, TensorBoard's files, and a bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from bnlib.runs import write_atomically
+
+__all__ = ["Metrics", "read_metrics"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one cut short by a kill, at the end, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+    return rows
+
+
+class Metrics:
+    """``metrics.jsonl`` in the run's folder: one JSON object a line, each with its ``step``.
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+    step
+        Steps done so far; lines beyond, from before a resumption, are removed.
+    tensorboard
+        Whether to write TensorBoard's files in ``folder/tensorboard`` too.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._unwritten: list[str] = []
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                _LOGGER.info("tensorboard is not installed; metrics go to %s only", self._path)
+            else:
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Add a line.  One that finds the disk full is tried again with the next."""
+        self._unwritten.append(json.dumps({"step": step, **values}) + "\n")
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._unwritten))
+            self._unwritten.clear()
+            if self._board:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, step)
+        except OSError as error:
+            _LOGGER.error("%s cannot be written: %s", self._path, error)
+            os.truncate(self._path, size)  # no half line stays in the middle
+
+    def close(self) -> None:
+        """Flush TensorBoard's files."""
+        if self._board:
+            self._board.close()

@@ -1,0 +1,252 @@
+"""The training loop of the ImageNet experiments (section 4.2).
+
+    python -m bnlib train bn-x5 --data DIR --out runs/bn-x5              # this machine's GPU or CPU
+
+    torchrun --nproc-per-node 8 -m bnlib train bn-x30 --data DIR --out runs/bn-x30      # eight GPUs
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m bnlib train bn-x30 --data DIR --out runs/bn-x30        # the same on each of two machines
+
+The same command resumes.  Weights, order, augmentation and dropout are functions of the recipe's
+seed and the step, so a run that was killed and resumed has, on a CPU, the same weights at the end
+to the last bit, whatever the number of workers.
+
+A step is one update from one mini-batch, as the paper counts.  The mini-batch is divided equally
+among the processes.  Batch normalization sees what one process computes at once, its micro-batch,
+unless ``sync_bn`` joins those of all processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from bnlib.imagenet.loader import batches
+from bnlib.imagenet.metrics import Metrics
+from bnlib.imagenet.parallel import Processes, processes
+from bnlib.imagenet.recipes import Recipe
+from bnlib.imagenet.run import Run, weight_decay_on_weights
+from bnlib.imagenet.settings import Settings
+from bnlib.imagenet.sources import open_source
+from bnlib.inception.architecture import WithAuxiliary
+
+__all__ = ["train"]
+
+_LOGGER = logging.getLogger(__name__)
+_NEVER = 2**62
+
+
+def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings) -> str:
+    """Train a recipe's network, resuming what stands in ``out``.
+
+    Parameters
+    ----------
+    recipe
+        What to train.
+    data
+        Where the images are, for :func:`bnlib.imagenet.sources.open_source`.
+    out
+        The run's folder: ``step-*.pt`` checkpoints, ``network.pt`` (for inference, as last
+        evaluated), ``metrics.jsonl``, ``tensorboard/``, and at the end ``recorded/`` (a recorded
+        run, :mod:`bnlib.runs`).
+    settings
+        How to run it here.
+
+    Returns
+    -------
+    str
+        "finished"; "diverged at step N", when the loss after N steps is not finite, which is a
+        result; or "stopped at step N", after SIGTERM or SIGINT, with a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint in ``out`` is of another recipe, data set or number of processes.
+    ValueError, SourceError, DamagedImage
+        If recipe, settings and data do not fit each other or the machine.
+    """
+    out = Path(out)
+    with processes(settings.device) as group, _stop_signals() as stop:
+        device = group.device
+        source, held_out = open_source(data, "train"), open_source(data, "val")
+        micro_batches = _micro_batches(recipe, settings, group)
+
+        torch.manual_seed(recipe.seed)
+        model: nn.Module = recipe.network(recompute=settings.recompute)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        if settings.sync_bn and group.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        average = AveragedModel(model) if recipe.polyak else None
+        optimizer = torch.optim.SGD(
+            weight_decay_on_weights(model, recipe.weight_decay),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+        )
+        run = Run(recipe, settings, group, out, source, held_out, model, average, optimizer)
+        run.resume()
+
+        network: nn.Module = model
+        if group.world > 1:
+            network = nn.parallel.DistributedDataParallel(network)
+        if settings.compile:
+            network.compile()
+        stream = batches(
+            source,
+            recipe,
+            start_step=run.step,
+            rank=group.rank,
+            world=group.world,
+            workers=settings.workers,
+            device=device,
+        )
+        metrics = Metrics(out, run.step, settings.tensorboard) if group.first else None
+        bar = tqdm(
+            total=recipe.steps,
+            initial=run.step,
+            unit="step",
+            disable=None if group.first else True,
+        )
+        sums, since = torch.zeros(2, device=device), (run.step, time.perf_counter())
+        first_bad = torch.tensor(_NEVER, device=device)
+
+        while run.step < recipe.steps:
+            step, images, labels = next(stream)
+            images = images.to(memory_format=torch.channels_last)
+            torch.manual_seed((recipe.seed * 1_000_003 + step) * 4096 + group.rank)  # dropout's
+            rate = recipe.learning_rate_at(step, stream.steps_per_epoch)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            network.train()
+            optimizer.zero_grad(set_to_none=True)
+            for number, (part, targets) in enumerate(
+                zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True), 1
+            ):
+                with _gradients_stay(network, number < micro_batches):
+                    with run.autocast():
+                        logits, loss = _loss(network(part), targets, recipe.aux_weight)
+                    (loss / micro_batches).backward()
+                right = (logits.argmax(1) == targets).float().mean()
+                sums += torch.stack([loss.detach(), right]) / micro_batches
+                bad = torch.where(loss.detach().isfinite(), _NEVER, step)
+                first_bad = torch.minimum(first_bad, bad)
+            optimizer.step()
+            run.step = step + 1
+            if average is not None:
+                # at the start the average follows faster, or it would stay near the initial weights
+                decay = min(recipe.polyak, (1 + step) / (10 + step))
+                average.multi_avg_fn = get_ema_multi_avg_fn(decay)
+                average.update_parameters(model)
+            bar.update()
+
+            ending = run.step == recipe.steps
+            logging_now = run.step % settings.log_every == 0 or ending
+            saving_now = run.step % settings.save_every == 0 or ending
+            evaluating_now = ending or (
+                settings.eval_every > 0 and run.step % settings.eval_every == 0
+            )
+            if logging_now or saving_now or evaluating_now:
+                worst = -int(group.greatest(-first_bad))
+                if worst == _NEVER and not run.is_finite():
+                    worst = run.step
+                if worst < _NEVER:
+                    return run.finish(f"diverged at step {worst}", metrics, bar)
+            if logging_now:
+                steps, seconds = run.step - since[0], time.perf_counter() - since[1]
+                loss, right = (group.mean(sums) / steps).tolist()
+                speed = steps * recipe.batch_size / seconds
+                bar.set_postfix(loss=f"{loss:.3f}", top1=f"{right:.1%}", img_s=f"{speed:.0f}")
+                if metrics:
+                    metrics.write(
+                        run.step,
+                        loss=loss,
+                        top1=right,
+                        learning_rate=rate,
+                        images_per_s=speed,
+                        damaged=len(stream.damaged),
+                    )
+                    if bar.disable:
+                        _LOGGER.info(
+                            "step %d of %d: loss %.3f, top-1 %.1f %%, %.0f images/s",
+                            *(run.step, recipe.steps, loss, 100 * right, speed),
+                        )
+                sums, since = torch.zeros_like(sums), (run.step, time.perf_counter())
+            if evaluating_now:
+                result = run.evaluate()
+                if metrics:
+                    metrics.write(run.step, evaluation=dataclasses.asdict(result))
+                    _LOGGER.info("step %d: held out: %s", run.step, result)
+                since = (since[0], since[1] + run.evaluation_s)
+            if saving_now:
+                run.save(must=ending)
+            if group.any_soon(stop.requested, run.step) and not ending:
+                run.save(must=True)
+                return run.finish(f"stopped at step {run.step}", metrics, bar)
+        return run.finish("finished", metrics, bar)
+
+
+def _loss(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
+    """Logits and mean cross-entropy, the auxiliary classifier's added with its weight."""
+    if isinstance(output, WithAuxiliary):
+        auxiliary = cross_entropy(output.auxiliary.float(), targets)
+        return output.logits, cross_entropy(output.logits.float(), targets) + aux_weight * auxiliary
+    return output, cross_entropy(output.float(), targets)
+
+
+def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
+    parts = group.world * settings.accumulate
+    if recipe.batch_size % parts:
+        raise ValueError(
+            f"a mini-batch of {recipe.batch_size} cannot be divided among {group.world} processes "
+            f"with {settings.accumulate} micro-batches each; set --batch-size to a multiple of "
+            f"{parts}"
+        )
+    if parts > 1 and recipe.normalization != "none" and group.first:
+        joined = settings.sync_bn and group.world > 1
+        examples = recipe.batch_size // (settings.accumulate if joined else parts)
+        _LOGGER.info("batch normalization is over %d examples of %d", examples, recipe.batch_size)
+    return settings.accumulate
+
+
+@contextlib.contextmanager
+def _gradients_stay(network: nn.Module, here: bool) -> Iterator[None]:
+    """Between micro-batches gradients are not exchanged among the processes."""
+    no_sync = getattr(network, "no_sync", contextlib.nullcontext)
+    with no_sync() if here else contextlib.nullcontext():
+        yield
+
+
+class _Stop:
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGTERM and SIGINT ask for a stop after the step; a second one acts at once."""
+    stop = _Stop()
+    before: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        stop.requested = True
+        signal.signal(number, before[number])
+        _LOGGER.warning("%s: saving and stopping", signal.Signals(number).name)
+
+    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+        with contextlib.suppress(ValueError):  # not in the main thread: signals go elsewhere
+            before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
