@@ -87,6 +87,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         model: nn.Module = recipe.network(recompute=settings.recompute)
         model = model.to(device).to(memory_format=torch.channels_last)
         if settings.sync_bn and group.world > 1:
+            _check_sync(recipe, device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         average = AveragedModel(model) if recipe.polyak else None
         optimizer = torch.optim.SGD(
@@ -217,6 +218,19 @@ def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
         examples = recipe.batch_size // (settings.accumulate if joined else parts)
         _LOGGER.info("batch normalization is over %d examples of %d", examples, recipe.batch_size)
     return settings.accumulate
+
+
+def _check_sync(recipe: Recipe, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is {device}. Leave "
+            "--sync-bn out"
+        )
+    if recipe.normalization == "per-activation-last":
+        raise ValueError(
+            "sync_bn cannot join statistics per activation (normalization is "
+            "'per-activation-last'). Leave --sync-bn out"
+        )
 
 
 @contextlib.contextmanager

@@ -201,7 +201,8 @@ class BNInception(nn.Module):
         pooling are computed again (:mod:`bnlib.inception.recompute`), and an average pooling comes
         after its projection, on fewer channels, where convolutions have no bias.  The same results
         up to rounding in less memory; inference is not touched.  Only with "batch" and "relu",
-        without ``lrn`` and ``features_only``.
+        without ``lrn`` and ``features_only``; not for TorchScript, nor for training compiled with
+        ``fullgraph=True``.
 
     Raises
     ------
@@ -431,7 +432,12 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
             "recompute needs normalization='batch' and activation='relu', and neither lrn nor "
             "features_only"
         )
+    for name in ("eps", "init_scale"):
+        if not 0 < options[name] < float("inf"):
+            raise ValueError(f"{name} is {options[name]}; it must be positive and finite")
     size = options["image_size"]
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"image_size is {size}; it must be one number or (height, width)")
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST:
         raise ValueError(f"image_size is {size}; height and width must be at least {SMALLEST}")
