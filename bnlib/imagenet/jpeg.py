@@ -25,8 +25,10 @@ class Header:
 
     Attributes
     ----------
-    width, height
-        Pixels, as stored.
+    width
+        Pixels of a row, as stored.
+    height
+        Rows, as stored.
     components
         1 for gray, 3 for color, 4 for print colors.
     exif

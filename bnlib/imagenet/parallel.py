@@ -21,8 +21,10 @@ class Processes:
 
     Attributes
     ----------
-    rank, world
-        Its number and how many there are.
+    rank
+        Its number, from 0.
+    world
+        How many there are.
     device
         Where it computes.
     """

@@ -209,12 +209,12 @@ class Recipe:
         Parameters
         ----------
         recompute
-            As in :class:`bnlib.BNInception`: less memory, the same network.
+            As in :class:`~bnlib.inception.architecture.BNInception`: less memory, the same network.
 
         Raises
         ------
         ValueError
-            As :class:`bnlib.BNInception` does.
+            As :class:`~bnlib.inception.architecture.BNInception` does.
         """
         return BNInception(
             self.num_classes,

@@ -21,7 +21,7 @@ import numpy as np
 from bnlib.imagenet import hub
 from bnlib.imagenet.examples import Example, Source, SourceError
 
-__all__ = ["Example", "FolderSource", "PackedSource", "Source", "SourceError", "open_source"]
+__all__ = ["FolderSource", "PackedSource", "open_source"]
 
 _LOGGER = logging.getLogger(__name__)
 SPLITS = ("train", "val")
