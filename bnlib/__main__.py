@@ -21,6 +21,7 @@ def _train(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         "python -m bnlib train",
+        usage="%(prog)s RECIPE --data DIR [--out DIR] [flags; see --help]",
         description="Train one of the paper's networks; the same command resumes.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,8 +33,11 @@ def _train(argv: list[str]) -> int:
     fields.add_arguments(parser, Settings, "how to run it")
     fields.add_arguments(parser, Recipe, "the recipe; what is not given stays as RECIPE has it")
     arguments = parser.parse_args(argv)
-    chosen = recipe(arguments.recipe).replace(**fields.given(Recipe, arguments))
-    settings = Settings(**fields.given(Settings, arguments))
+    try:
+        chosen = recipe(arguments.recipe).replace(**fields.given(Recipe, arguments))
+        settings = Settings(**fields.given(Settings, arguments))
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
     out = arguments.out or Path("runs") / chosen.name
     verdict = train(chosen, arguments.data, out, settings)
     print(f"{chosen.name}: {verdict}")

@@ -37,7 +37,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest ``keep``.
+    """Write a checkpoint, then remove all but it and the ``keep - 1`` before it.
 
     Parameters
     ----------
@@ -63,9 +63,14 @@ def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
     content = buffer.getbuffer()
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"step-{state['step']:09d}-{digest}.pt"
+    for left in folder.glob(".*.pt.*.tmp"):  # by a kill; they could fill the disk
+        left.unlink(missing_ok=True)
     write_atomically(path, content)
-    for old in checkpoints(folder)[keep:]:
-        old.unlink()
+    older = [other for other in checkpoints(folder) if other.name[:14] < path.name[:14]]
+    for other in checkpoints(folder):
+        # one of a later step has been passed over as damaged, or this step would not come now
+        if other != path and other not in older[: keep - 1]:
+            other.unlink(missing_ok=True)
     return path
 
 

@@ -5,8 +5,8 @@ Everything else is PIL's: other formats, whatever the file's name says, print co
 that a camera held upright and marked so. Where only a small picture is wanted, less is decoded:
 
 * PIL decodes a JPEG at a half, a quarter or an eighth of its size in less time, as libjpeg computes
-  only the coarse part of the transform (used where the crop is still at least as large as the
-  picture wanted);
+  only the coarse part of the transform; this is used where the crop then still is at least as large
+  as the picture wanted;
 * files with restart markers, as :mod:`bnlib.imagenet.pack` writes them, are decoded only in the
   rows that the crop needs.
 
@@ -92,8 +92,8 @@ def _naming(name: str) -> Iterator[None]:
     except (DamagedImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly everything on damaged input
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise DamagedImage(name, f"{type(error).__name__}: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedImage(name, reason) from error
 
 
 class Encoded:
@@ -110,8 +110,10 @@ class Encoded:
 
     Attributes
     ----------
-    width, height
+    width
         Pixels, as people look at the image: after the turn that its Exif data asks for.
+    height
+        Likewise.
 
     Raises
     ------
@@ -151,7 +153,7 @@ class Encoded:
         DamagedImage
             If they cannot be decoded.
         """
-        return self._pixels(Box(0, 0, self.width, self.height), 1)
+        return self._pixels(Box(0, 0, self.width, self.height))
 
     def crop(self, box: Box, size: int | tuple[int, int]) -> Tensor:
         """A part of the image at another size, interpolated bilinearly with antialiasing.
@@ -175,8 +177,9 @@ class Encoded:
         """
         height, width = (size, size) if isinstance(size, int) else size
         spare = min(box.width // width, box.height // height)
-        scale = max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
-        pixels = self._pixels(box, scale)[None]
+        if self._header is not None and spare >= 2:
+            return self._reduced(box, height, width, max(s for s in (2, 4, 8) if s <= spare))
+        pixels = self._pixels(box)[None]
         if pixels.shape[2:] != (height, width):
             pixels = interpolate(
                 pixels.contiguous(memory_format=torch.channels_last),
@@ -201,25 +204,29 @@ class Encoded:
         shorter = min(self.width, self.height)
         return self.height * side // shorter, self.width * side // shorter
 
-    def _pixels(self, box: Box, scale: int) -> Tensor:
-        """The pixels of a part, each side divided by ``scale``: uint8 (3, H, W), RGB."""
+    def _pixels(self, box: Box) -> Tensor:
+        """The pixels of a part: uint8 (3, H, W), RGB."""
         with _naming(self.name):
             if self._header is None:
                 return _tensor(_rgb(_turned(self._image)).crop(_corners(box)))
             data, first = jpeg.band(self.data, self._header, box.top, box.top + box.height)
             box = box._replace(top=box.top - first)
             decode_jpeg = _torchcodec()
-            if decode_jpeg and scale == 1:
-                rows, columns = slice(box.top, box.top + box.height), slice(box.left, None)
-                return decode_jpeg(data)[:, rows, columns][:, :, : box.width]
+            if decode_jpeg is None:
+                return _tensor(_rgb(_open(data)).crop(_corners(box)))
+            left, top, right, bottom = _corners(box)
+            return decode_jpeg(data)[:, top:bottom, left:right]
+
+    def _reduced(self, box: Box, height: int, width: int, scale: int) -> Tensor:
+        """A part of a JPEG at another size, decoded at 1 / ``scale`` of its own."""
+        assert self._header is not None
+        with _naming(self.name):
+            data, first = jpeg.band(self.data, self._header, box.top, box.top + box.height)
             image = _open(data)
-            if scale > 1:
-                image.draft("RGB", (image.width // scale, image.height // scale))
-                left, top = box.left // scale, box.top // scale
-                right = min(-(-(box.left + box.width) // scale), image.width)
-                bottom = min(-(-(box.top + box.height) // scale), image.height)
-                box = Box(left, top, right - left, bottom - top)
-            return _tensor(_rgb(image).crop(_corners(box)))
+            image.draft("RGB", (image.width // scale, image.height // scale))
+            corners = _corners(box._replace(top=box.top - first))
+            part = tuple(corner / scale for corner in corners)
+            return _tensor(_rgb(image).resize((width, height), 2, part))  # 2: bilinear
 
 
 def is_ordinary(data: bytes) -> bool:
@@ -279,7 +286,7 @@ def _upright(exif: bytes | None) -> bool:
 
 
 def _open(data: bytes) -> Any:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # the limit here is max_pixels
@@ -287,6 +294,8 @@ def _open(data: bytes) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("no image of a known kind") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -26,8 +26,10 @@ class Accuracy:
 
     Attributes
     ----------
-    top1, top5
-        Fractions of ``n``.
+    top1
+        Fraction of ``n`` whose most probable class is the right one.
+    top5
+        Fraction of ``n`` whose right class is among the five most probable.
     n
         Images.
     loss
@@ -184,6 +186,11 @@ def probabilities(
         parts = [network(part).float().softmax(1) for part in views.split(batch)]
         rows.append(torch.cat(parts).mean(0).cpu())
         labels.append(example.label)
+        if example.label >= rows[0].numel():
+            raise ValueError(
+                f"{source.location} has {len(source.classes)} classes, the network "
+                f"{rows[0].numel()}; evaluate on the data set that it was trained on"
+            )
     if not rows:
         raise ValueError(f"none of the {len(source)} images of {source.location} can be read")
     return torch.stack(rows), torch.tensor(labels), damaged

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -125,25 +126,38 @@ def _read(source: Source, index: int) -> tuple[Encoded, int]:
 
 
 def _start_worker(_: int) -> None:
-    # The main process alone decides what a signal means; workers end when it ends.
+    # The main process alone decides what a signal means; workers end when it tells them to, as
+    # _Workers sees to, or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _prepared(
-    dataset: Dataset[_Prepared], items: Iterable[int], workers: int, device: torch.device
-) -> Iterator[_Prepared]:
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=items,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == "cuda",
-        # its own: a loader must not draw from the generator that initializes and drops out
-        generator=torch.Generator(),
-    )
-    return iter(loader)
+class _Workers:
+    """What the workers prepare, item after item, and the end of the workers.
+
+    They end with this object, or before the process does: multiprocessing's own way of ending them
+    at that point is a signal, which they ignore.
+    """
+
+    def __init__(
+        self, dataset: Dataset[_Prepared], items: Iterable[int], workers: int, device: torch.device
+    ) -> None:
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=items,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            pin_memory=device.type == "cuda",
+            # its own: a loader must not draw from the generator that initializes and drops out
+            generator=torch.Generator(),
+        )
+        self._iterator = [iter(loader)]
+        weakref.finalize(self, self._iterator.clear)
+
+    def __next__(self) -> _Prepared:
+        prepared: _Prepared = next(self._iterator[0])
+        return prepared
 
 
 def _floating(images: Tensor, device: torch.device) -> Tensor:
@@ -194,10 +208,10 @@ class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
         self.steps_per_epoch = dataset.per_epoch
         self._device, self._photometric = device, dataset.recipe.photometric > 0
         self._steps = itertools.count(start_step)
-        self._prepared = _prepared(dataset, itertools.count(start_step), workers, device)
+        self._workers = _Workers(dataset, itertools.count(start_step), workers, device)
 
     def __next__(self) -> tuple[int, Tensor, Tensor]:
-        prepared = next(self._prepared)
+        prepared = next(self._workers)
         self._count(prepared.damaged)
         images = _floating(prepared.images, self._device)
         if self._photometric:
@@ -308,11 +322,11 @@ class EvaluationBatches(_Counting, Iterator[tuple[Tensor, Tensor]]):
     def __init__(self, dataset: _Centers, workers: int, device: torch.device) -> None:
         super().__init__(dataset.source)
         self._device = device
-        self._prepared = _prepared(dataset, range(len(dataset.chunks)), workers, device)
+        self._workers = _Workers(dataset, range(len(dataset.chunks)), workers, device)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         while True:
-            prepared = next(self._prepared)
+            prepared = next(self._workers)
             self._count(prepared.damaged)
             if len(prepared.labels):
                 break

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,40 @@ class Metrics:
     def write(self, step: int, **values: Any) -> None:
         """Add a line.  One that finds the disk full is tried again with the next."""
         self._unwritten.append(json.dumps({"step": step, **values}) + "\n")
-        size = self._path.stat().st_size
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._unwritten))
-            self._unwritten.clear()
-            if self._board:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._board.add_scalar(name, value, step)
         except OSError as error:
             _LOGGER.error("%s cannot be written: %s", self._path, error)
-            os.truncate(self._path, size)  # no half line stays in the middle
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)  # no half line stays in the middle
+        else:
+            self._unwritten.clear()
+        with self._board_may_fail():
+            for name, value in _numbers(values):
+                if self._board:
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush TensorBoard's files."""
-        if self._board:
-            self._board.close()
+        with self._board_may_fail():
+            if self._board:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        """Its writer is of no use after a failure; everything is in ``metrics.jsonl`` too."""
+        try:
+            yield
+        except OSError as error:
+            _LOGGER.error("TensorBoard's files cannot be written: %s; going on without", error)
+            self._board = None
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, (int, float)):
+            yield name, value

@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from bnlib.imagenet.decode import DamagedImage, Encoded, is_ordinary
-from bnlib.imagenet.sources import SPLITS, PackedSource, Source, SourceError, open_source
+from bnlib.imagenet.examples import Source, SourceError
+from bnlib.imagenet.sources import SPLITS, PackedSource, open_source
 from bnlib.runs import write_atomically
 
 __all__ = ["main", "pack", "repacked"]
@@ -121,7 +122,7 @@ def pack(
     SourceError
         If the source cannot be read, or verifying finds something else than was written.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if shorter_side < 1 or not 1 <= quality <= 100 or workers < 1:
         raise ValueError(
             f"shorter_side is {shorter_side}, quality {quality} and workers {workers}; they must "
@@ -163,21 +164,11 @@ def _pack_split(
             bar.update(len(indices))
         else:
             to_do.append(number)
-    # A new process each, not a fork: a fork of a process with threads may hang.
-    pool = ProcessPoolExecutor(
-        min(workers, max(1, len(to_do))), multiprocessing.get_context("spawn"), _start, (source,)
-    )
     try:
-        futures = {
-            pool.submit(_write_file, folder, number, files[number], settings): number
-            for number in to_do
-        }
-        for future in as_completed(futures):
-            future.result()
-            bar.update(len(files[futures[future]]))
+        for number in _written(source, folder, files, to_do, settings, workers):
+            bar.update(len(files[number]))
     finally:
         bar.close()
-        pool.shutdown(cancel_futures=True)
     _write_index(folder, source.classes, plan, len(files))
 
 
@@ -200,15 +191,49 @@ def _note_path(folder: Path, number: int) -> Path:
     return folder / f"records-{number:05}.json"
 
 
-_source: Source
+def _written(
+    source: Source,
+    folder: Path,
+    files: list[range],
+    to_do: list[int],
+    settings: dict[str, int],
+    workers: int,
+) -> Iterator[int]:
+    """Write the record files that are missing; the number of each as it is complete."""
+    workers = min(workers, len(to_do))
+    if workers <= 1:
+        for number in to_do:
+            _write_file(source, folder, number, files[number], settings)
+            yield number
+        return
+    # New processes, not forks: a fork of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (source,))
+    try:
+        futures = {
+            pool.submit(_write_in_worker, folder, number, files[number], settings): number
+            for number in to_do
+        }
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_source: Source
 
 
 def _start(source: Source) -> None:
-    global _source
-    _source = source
+    global _worker_source
+    _worker_source = source  # sent once, not with every task
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _write_in_worker(folder: Path, number: int, indices: range, settings: dict[str, int]) -> None:
+    _write_file(_worker_source, folder, number, indices, settings)
 
 
 def _end_with_parent() -> None:
@@ -219,17 +244,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_file(folder: Path, number: int, indices: range, settings: dict[str, int]) -> None:
+def _write_file(
+    source: Source, folder: Path, number: int, indices: range, settings: dict[str, int]
+) -> None:
     """One record file, then the note of what it holds."""
     entries: list[tuple[str, int, int]] = []
     damaged: dict[str, str] = {}
     records: list[bytes] = []
     for index in indices:
         try:
-            data, label, name = _source[index]
+            data, label, name = source[index]
             record = repacked(data, name, **settings)
         except (DamagedImage, OSError) as error:
-            damaged[_source.name(index)] = getattr(error, "reason", str(error))
+            damaged[source.name(index)] = getattr(error, "reason", str(error))
             continue
         records.append(record)
         entries.append((name, label, len(record)))

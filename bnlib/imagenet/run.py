@@ -131,6 +131,16 @@ class Run:
 
     def resume(self) -> None:
         """Take over the newest checkpoint, if there is one and it is of this very run."""
+        self._take_over()
+        steps = torch.tensor([self.step, -self.step], device=self.group.device)
+        most, least = self.group.greatest(steps).tolist()
+        if most != -least:
+            raise checkpoint.CheckpointError(
+                f"in {self.out} one process finds a checkpoint of step {most}, another of step "
+                f"{-least}; --out must be a folder that all machines share"
+            )
+
+    def _take_over(self) -> None:
         state = checkpoint.load_latest(self.out) if self.out.is_dir() else None
         if state is None:
             return

@@ -125,7 +125,8 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         while run.step < recipe.steps:
             step, images, labels = next(stream)
             images = images.to(memory_format=torch.channels_last)
-            torch.manual_seed((recipe.seed * 1_000_003 + step) * 4096 + group.rank)  # dropout's
+            dropout_seed = (recipe.seed * 1_000_003 + step) * 4096 + group.rank
+            torch.manual_seed(dropout_seed % 2**63)
             rate = recipe.learning_rate_at(step, stream.steps_per_epoch)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
@@ -158,9 +159,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
                 settings.eval_every > 0 and run.step % settings.eval_every == 0
             )
             if logging_now or saving_now or evaluating_now:
-                worst = -int(group.greatest(-first_bad))
-                if worst == _NEVER and not run.is_finite():
-                    worst = run.step
+                worst = _diverged_at(first_bad, run)
                 if worst < _NEVER:
                     return run.finish(f"diverged at step {worst}", metrics, bar)
             if logging_now:
@@ -192,9 +191,18 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             if saving_now:
                 run.save(must=ending)
             if group.any_soon(stop.requested, run.step) and not ending:
+                worst = _diverged_at(first_bad, run)
+                if worst < _NEVER:
+                    return run.finish(f"diverged at step {worst}", metrics, bar)
                 run.save(must=True)
                 return run.finish(f"stopped at step {run.step}", metrics, bar)
         return run.finish("finished", metrics, bar)
+
+
+def _diverged_at(first_bad: Tensor, run: Run) -> int:
+    """After how many steps the loss or a parameter was not finite, in any process."""
+    worst = -int(run.group.greatest(-first_bad))
+    return run.step if worst == _NEVER and not run.is_finite() else worst
 
 
 def _loss(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
