@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from bnlib.imagenet.examples import Source
 from bnlib.imagenet.loader import batches
 from bnlib.imagenet.metrics import Metrics
 from bnlib.imagenet.parallel import Processes, processes
@@ -80,7 +81,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
     out = Path(out)
     with processes(settings.device) as group, _stop_signals() as stop:
         device = group.device
-        source, held_out = open_source(data, "train"), open_source(data, "val")
+        source, held_out = _open(data, "train", group), _open(data, "val", group)
         micro_batches = _micro_batches(recipe, settings, group)
 
         torch.manual_seed(recipe.seed)
@@ -197,6 +198,13 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
                 run.save(must=True)
                 return run.finish(f"stopped at step {run.step}", metrics, bar)
         return run.finish("finished", metrics, bar)
+
+
+def _open(data: str | Path, split: str, group: Processes) -> Source:
+    """The images; the first process opens them before the others, as it may unpack archives."""
+    source = open_source(data, split) if group.first else None
+    group.barrier()
+    return open_source(data, split) if source is None else source
 
 
 def _diverged_at(first_bad: Tensor, run: Run) -> int:
