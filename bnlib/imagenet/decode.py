@@ -204,13 +204,25 @@ class Encoded:
         shorter = min(self.width, self.height)
         return self.height * side // shorter, self.width * side // shorter
 
+    def ordinary_jpeg(self, box: Box) -> tuple[bytes, Box] | None:
+        """A JPEG that shows at least a part, for any decoder of JPEGs, and the part's place in it.
+
+        None if the image is none, is to be turned, or has colors that not every decoder knows.
+        """
+        if self._header is None or self._header.rgb:
+            return None
+        return self._band(self._header, box)
+
+    def _band(self, header: jpeg.Header, box: Box) -> tuple[bytes, Box]:
+        data, first = jpeg.band(self.data, header, box.top, box.top + box.height)
+        return data, box._replace(top=box.top - first)
+
     def _pixels(self, box: Box) -> Tensor:
         """The pixels of a part: uint8 (3, H, W), RGB."""
         with _naming(self.name):
             if self._header is None:
                 return _tensor(_rgb(_turned(self._image)).crop(_corners(box)))
-            data, first = jpeg.band(self.data, self._header, box.top, box.top + box.height)
-            box = box._replace(top=box.top - first)
+            data, box = self._band(self._header, box)
             decode_jpeg = _torchcodec()
             if decode_jpeg is None:
                 return _tensor(_rgb(_open(data)).crop(_corners(box)))
@@ -221,11 +233,10 @@ class Encoded:
         """A part of a JPEG at another size, decoded at 1 / ``scale`` of its own."""
         assert self._header is not None
         with _naming(self.name):
-            data, first = jpeg.band(self.data, self._header, box.top, box.top + box.height)
+            data, box = self._band(self._header, box)
             image = _open(data)
             image.draft("RGB", (image.width // scale, image.height // scale))
-            corners = _corners(box._replace(top=box.top - first))
-            part = tuple(corner / scale for corner in corners)
+            part = tuple(corner / scale for corner in _corners(box))
             return _tensor(_rgb(image).resize((width, height), 2, part))  # 2: bilinear
 
 

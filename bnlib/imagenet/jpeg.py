@@ -33,6 +33,8 @@ class Header:
         1 for gray, 3 for color, 4 for print colors.
     exif
         The Exif segment, which may say that the photograph is to be turned, or None.
+    rgb
+        Whether the file may hold red, green and blue, not luminance and two color differences.
     height_at
         Where the height stands in the file.
     pixels_at
@@ -47,6 +49,7 @@ class Header:
     height: int
     components: int
     exif: bytes | None
+    rgb: bool
     height_at: int
     pixels_at: int
     block_rows: int
@@ -70,6 +73,7 @@ def read_header(data: bytes) -> Header | None:
         return None
     frame: tuple[int, int, int, int, int] | None = None
     sampling: list[tuple[int, int]] = []
+    names, transform = b"", 1
     exif, interval, at = None, 0, 2
     try:
         while True:
@@ -85,10 +89,13 @@ def read_header(data: bytes) -> Header | None:
                     return None
                 frame = (kind, width, height, count, at + 5)
                 sampling = [divmod(data[at + 11 + 3 * i], 16) for i in range(count)]
+                names = data[at + 10 : at + 10 + 3 * count : 3]
             elif kind in _OTHER_FRAMES:
                 return None
             elif kind == _EXIF and data[at + 4 : at + 10] == b"Exif\0\0":
                 exif = data[at + 4 : at + 2 + length]
+            elif kind == _ADOBE and data[at + 4 : at + 9] == b"Adobe":
+                transform = data[at + 15]
             elif kind == _RESTARTS:
                 (interval,) = struct.unpack_from(">H", data, at + 4)
             elif kind == _SCAN:
@@ -110,6 +117,7 @@ def read_header(data: bytes) -> Header | None:
         height=height,
         components=count,
         exif=exif,
+        rgb=count == 3 and (transform == 0 or names == b"RGB"),
         height_at=height_at,
         pixels_at=at + 2 + length,
         block_rows=8 * down,

@@ -3,7 +3,8 @@
 The mini-batch of a step is a function of the recipe, the data set and the step alone. Workers make
 whole mini-batches in turn, so that their number changes nothing, and a run that resumes at a step
 sees the mini-batches that it would have seen. They hand over pixels as uint8; the photometric
-distortions and the normalization are done where the network is, a mini-batch at a time.
+distortions and the normalization are done where the network is, a mini-batch at a time. Where that
+is a GPU, photographs can be decoded there too: :mod:`bnlib.imagenet.batch_decode`.
 
 Images are RGB, (x / 255 - mean) / std with ImageNet's usual mean and deviation per channel:
 :func:`bnlib.imagenet.augment.normalize`.
@@ -15,7 +16,7 @@ import itertools
 import logging
 import signal
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bnlib.imagenet import augment
+from bnlib.imagenet import augment, batch_decode
 from bnlib.imagenet.augment import Box
+from bnlib.imagenet.batch_decode import Part
 from bnlib.imagenet.decode import DamagedImage, Encoded, decoder
 from bnlib.imagenet.examples import Source
 from bnlib.imagenet.order import Order, local_positions, steps_per_epoch
@@ -39,49 +41,72 @@ PATIENCE = 100  # unreadable images in a row, after which the data set is not wo
 class _Prepared(NamedTuple):
     """What a worker hands over: tensors, and what it found damaged."""
 
-    images: Tensor
+    images: Tensor  # without the parts
     labels: Tensor
     order: Tensor
     factors: Tensor
     damaged: dict[str, str]
+    parts: Sequence[Part] = ()  # what is still to be decoded
+
+
+class _Example(NamedTuple):
+    pixels: Tensor | tuple[bytes, Box]
+    label: int
+    drawn: augment.Augmentation
 
 
 class _Batches(Dataset[_Prepared]):
     """From the number of a step to its mini-batch (of one process)."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, rank: int, world: int, skip_damaged: bool
+        self,
+        source: Source,
+        recipe: Recipe,
+        rank: int,
+        world: int,
+        skip_damaged: bool,
+        decodes: bool,
     ) -> None:
         self.source, self.recipe, self.skip_damaged = source, recipe, skip_damaged
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.decodes = rank, world, decodes
         self.per_epoch = steps_per_epoch(len(source), recipe.batch_size)
-        local_positions(0, recipe.batch_size, rank, world)
+        self.size = len(local_positions(0, recipe.batch_size, rank, world))
         self.order = Order(len(source), recipe.seed, recipe.shards, recipe.within_shard_shuffling)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self.known: dict[int, DamagedImage] = {}
 
     def __getitem__(self, step: int) -> _Prepared:
+        return self.prepare(step, range(self.size))
+
+    def prepare(self, step: int, places: Sequence[int]) -> _Prepared:
+        """The examples at some places of the mini-batch of a step."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.indices = epoch, self.order.indices(epoch)
         positions = local_positions(batch, self.recipe.batch_size, self.rank, self.world)
-        n, size = len(positions), self.recipe.image_size
-        # channels last, as pixels come from the decoder
-        images = torch.empty(n, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.empty(n, dtype=torch.int64)
-        order = torch.empty(n, 3, dtype=torch.int64)
-        factors = torch.empty(n, 3)
         damaged: dict[str, str] = {}
-        for i, position in enumerate(positions):
-            pixels, label, drawn = self._readable(position, damaged)
-            images[i].copy_(pixels.flip(-1) if drawn.flip else pixels)
-            labels[i] = label
-            order[i], factors[i] = torch.tensor(drawn.order), torch.tensor(drawn.factors)
-        return _Prepared(images, labels, order, factors, damaged)
+        examples = [self._readable(positions[place], damaged) for place in places]
+        parts, crops = [], []
+        for place, (pixels, _, drawn) in zip(places, examples, strict=True):
+            if isinstance(pixels, Tensor):
+                crops.append(pixels.flip(-1) if drawn.flip else pixels)
+            else:
+                parts.append(Part(place, *pixels, drawn.flip))
+        size = self.recipe.image_size
+        # channels last, as pixels come from the decoder
+        images = torch.empty(len(crops), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for image, crop in zip(images, crops, strict=True):
+            image.copy_(crop)
+        return _Prepared(
+            images,
+            torch.tensor([example.label for example in examples]),
+            torch.tensor([example.drawn.order for example in examples]),
+            torch.tensor([example.drawn.factors for example in examples], dtype=torch.float32),
+            damaged,
+            parts,
+        )
 
-    def _readable(
-        self, position: int, damaged: dict[str, str]
-    ) -> tuple[Tensor, int, augment.Augmentation]:
+    def _readable(self, position: int, damaged: dict[str, str]) -> _Example:
         """The example at a position of the epoch, or the next one that can be read."""
         for attempt in range(min(PATIENCE, len(self.source))):
             index = int(self.indices[(position + attempt) % len(self.source)])
@@ -99,7 +124,7 @@ class _Batches(Dataset[_Prepared]):
             f"{len(damaged)} images in a row cannot be read, such as {next(iter(damaged.items()))}",
         )
 
-    def _augmented(self, index: int) -> tuple[Tensor, int, augment.Augmentation]:
+    def _augmented(self, index: int) -> _Example:
         recipe = self.recipe
         encoded, label = _read(self.source, index)
         drawn = augment.draw(
@@ -112,7 +137,8 @@ class _Batches(Dataset[_Prepared]):
             min_area=recipe.min_area,
             max_aspect=recipe.max_aspect,
         )
-        return encoded.crop(drawn.box, recipe.image_size), label, drawn
+        part = None if self.decodes else batch_decode.part_for_device(encoded, drawn.box)
+        return _Example(part or encoded.crop(drawn.box, recipe.image_size), label, drawn)
 
 
 def _read(source: Source, index: int) -> tuple[Encoded, int]:
@@ -203,23 +229,56 @@ class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
         start_step: int,
         workers: int,
         device: torch.device,
+        spare: _Batches | None,
     ) -> None:
         super().__init__(dataset.source)
         self.steps_per_epoch = dataset.per_epoch
         self._device, self._photometric = device, dataset.recipe.photometric > 0
+        self._spare, self._has_refused = spare, False
         self._steps = itertools.count(start_step)
         self._workers = _Workers(dataset, itertools.count(start_step), workers, device)
 
     def __next__(self) -> tuple[int, Tensor, Tensor]:
         prepared = next(self._workers)
+        step = next(self._steps)
         self._count(prepared.damaged)
+        if self._spare is not None:
+            prepared = self._decoded(prepared, step, self._spare)
         images = _floating(prepared.images, self._device)
         if self._photometric:
             order = prepared.order.to(self._device, non_blocking=True)
             factors = prepared.factors.to(self._device, non_blocking=True)
             images = augment.distort(images, order, factors)
         labels = prepared.labels.to(self._device, non_blocking=True)
-        return next(self._steps), augment.normalize(images), labels
+        return step, augment.normalize(images), labels
+
+    def _decoded(self, prepared: _Prepared, step: int, spare: _Batches) -> _Prepared:
+        """The same with all images, on the device."""
+        count, size = len(prepared.labels), spare.recipe.image_size
+        images = torch.empty(count, 3, size, size, dtype=torch.uint8, device=self._device)
+        places = {part.place for part in prepared.parts}
+        finished = [place for place in range(count) if place not in places]
+        images[finished] = prepared.images.to(self._device)
+        refused = batch_decode.fill(images, prepared.parts)
+        if refused:
+            if not self._has_refused:
+                self._has_refused = True
+                _LOGGER.warning(
+                    "%d of the photographs of step %d cannot be decoded on %s (%s); these and "
+                    "later ones are tried on the CPU",
+                    len(refused),
+                    step,
+                    self._device,
+                    next(iter(refused.values())),
+                )
+            # as if nothing had been decoded on a device: another example only if the CPU fails too
+            again = spare.prepare(step, list(refused))
+            self._count(again.damaged)
+            images[list(refused)] = again.images.to(self._device)
+            # labels, orders and factors
+            for mine, other in zip(prepared[1:4], again[1:4], strict=True):
+                mine[list(refused)] = other
+        return prepared._replace(images=images)
 
 
 def batches(
@@ -232,6 +291,7 @@ def batches(
     workers: int = 0,
     device: torch.device | str = "cpu",
     skip_damaged: bool = True,
+    decode: str = "auto",
 ) -> Batches:
     """Training mini-batches forever, epoch after epoch, from a step on.
 
@@ -252,6 +312,11 @@ def batches(
     skip_damaged
         Whether an image that cannot be read is replaced by the next in the epoch's order that can;
         else it is an error.
+    decode
+        Where ordinary photographs are decoded: "cpu", in the workers; "gpu", on the device, a
+        mini-batch at a time; "auto": on the device if it is a GPU and TorchCodec decodes there. The
+        examples and their order are the same, pixels nearly. The form on a GPU has not been run
+        yet; see :mod:`bnlib.imagenet.batch_decode`.
 
     Returns
     -------
@@ -262,7 +327,8 @@ def batches(
     Raises
     ------
     ValueError
-        If a mini-batch has more examples than the source or cannot be divided among the processes.
+        If a mini-batch has more examples than the source or cannot be divided among the processes,
+        or ``decode`` is "gpu" where that does not work.
     DamagedImage
         While iterating: if an image cannot be read and ``skip_damaged`` is off, or a hundred in a
         row cannot.
@@ -276,8 +342,13 @@ def batches(
             f"{source.location} has {len(source.classes)} classes, the recipe "
             f"{recipe.num_classes}; set --num-classes {len(source.classes)}"
         )
-    dataset = _Batches(source, recipe, rank, world, skip_damaged)
-    return Batches(dataset, start_step, workers, torch.device(device))
+    device = torch.device(device)
+    dataset = _Batches(source, recipe, rank, world, skip_damaged, decodes=True)
+    if not batch_decode.is_chosen(decode, device):
+        return Batches(dataset, start_step, workers, device, None)
+    # Two: what one finds damaged must not change what the other hands over
+    reading = _Batches(source, recipe, rank, world, skip_damaged, decodes=False)
+    return Batches(reading, start_step, workers, device, dataset)
 
 
 class _Centers(Dataset[_Prepared]):
@@ -347,7 +418,8 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """The middle of every photograph, once, in the source's order.
 
-    Images that cannot be read are left out and counted. The last mini-batch may be smaller.
+    Images that cannot be read are left out and counted. The last mini-batch may be smaller. Workers
+    decode, whatever the device is: accuracy does not depend on where training decodes.
 
     Parameters
     ----------

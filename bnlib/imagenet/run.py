@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bnlib import runs
 from bnlib.imagenet import checkpoint
+from bnlib.imagenet.decode import DamagedImage
 from bnlib.imagenet.evaluate import Accuracy, count_right, score
 from bnlib.imagenet.examples import Source
 from bnlib.imagenet.loader import batches, evaluation_batches
@@ -90,8 +91,8 @@ class Run:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=bf16)
 
     def is_finite(self) -> bool:
-        """Whether all parameters are finite numbers."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+        """Whether all parameters and statistics are finite numbers."""
+        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
     # What determines the result, beside the state of training.
     def _identity(self) -> dict[str, Any]:
@@ -166,8 +167,11 @@ class Run:
         if self.group.first:
             _LOGGER.info("resumed at step %d of %d", self.step, self.recipe.steps)
 
-    def evaluate(self) -> Accuracy:
-        """Accuracy on the held-out images, and ``network.pt``; training is left as it was."""
+    def evaluate(self) -> Accuracy | None:
+        """Accuracy on the held-out images, and ``network.pt``; training is left as it was.
+
+        None if the statistics of the population are not finite: the network has diverged.
+        """
         started, settings, group = time.perf_counter(), self.settings, self.group
         trained = self.average.module if self.average is not None else self.model
         network = copy.deepcopy(trained)
@@ -181,10 +185,20 @@ class Run:
                     world=group.world,
                     workers=settings.workers,
                     device=group.device,
+                    decode=settings.decode,
                 )
                 some = (next(stream)[1] for _ in range(settings.statistics_batches))
-                with self.autocast():
-                    population_statistics(network, some)
+                overflow = torch.zeros((), device=group.device)
+                try:
+                    with self.autocast():
+                        population_statistics(network, some)
+                except DamagedImage:
+                    raise
+                except ValueError as error:  # what else it refuses, training has refused before
+                    _LOGGER.warning("%s", error)
+                    overflow += 1
+                if group.greatest(overflow):
+                    return None
             group.average_statistics(network)
         network.eval()
         size = self.recipe.image_size

@@ -39,6 +39,12 @@ class Settings:
         False, "batch normalization over all processes; else each process over its own share"
     )
     workers: int = option(2, "processes that prepare mini-batches", least=0)
+    decode: str = option(
+        "auto",
+        "where training photographs are decoded: cpu, in the workers; gpu, with nvJPEG, a "
+        "mini-batch at a time; auto: on a GPU where TorchCodec can",
+        choices=("auto", "cpu", "gpu"),
+    )
     eval_every: int = option(
         10_000, "steps between evaluations; 0 for none before the end", least=0
     )

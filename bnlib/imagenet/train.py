@@ -112,6 +112,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             world=group.world,
             workers=settings.workers,
             device=device,
+            decode=settings.decode,
         )
         metrics = Metrics(out, run.step, settings.tensorboard) if group.first else None
         bar = tqdm(
@@ -185,6 +186,8 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
                 sums, since = torch.zeros_like(sums), (run.step, time.perf_counter())
             if evaluating_now:
                 result = run.evaluate()
+                if result is None:
+                    return run.finish(f"diverged at step {run.step}", metrics, bar)
                 if metrics:
                     metrics.write(run.step, evaluation=dataclasses.asdict(result))
                     _LOGGER.info("step %d: held out: %s", run.step, result)
@@ -208,9 +211,9 @@ def _open(data: str | Path, split: str, group: Processes) -> Source:
 
 
 def _diverged_at(first_bad: Tensor, run: Run) -> int:
-    """After how many steps the loss or a parameter was not finite, in any process."""
-    worst = -int(run.group.greatest(-first_bad))
-    return run.step if worst == _NEVER and not run.is_finite() else worst
+    """After how many steps the loss, a parameter or a statistic was not finite, in any process."""
+    found = first_bad if run.is_finite() else first_bad.clamp(max=run.step)
+    return -int(run.group.greatest(-found))
 
 
 def _loss(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
