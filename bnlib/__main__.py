@@ -56,7 +56,13 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="as for training; its val/ part is used")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--batch", type=int, default=100, help="views at once")
+    parser.add_argument("--batch", type=_count, default=100, help="views at once")
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -136,7 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     except ImportError as error:
         print(f"{error}: install it with pip install 'bnlib[train]'", file=sys.stderr)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except Exception as error:
+        ours = type(error).__module__.startswith("bnlib.")
+        if not ours and not isinstance(error, (ValueError, OSError)):
+            raise  # a defect: its trace is wanted
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return FAILED
 

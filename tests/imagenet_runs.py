@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -110,6 +111,7 @@ def forked(work: Callable[[], object]) -> BaseProcess:
     """Start the work in a process of its own."""
 
     def begin() -> None:
+        os.setpgrp()  # so that what it leaves behind can be ended with it
         torch.set_num_threads(1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -132,6 +134,9 @@ def finished(*processes: BaseProcess) -> list[int | None]:
                 process.kill()
                 raise AssertionError("the process hangs")
             time.sleep(0.005)
+        assert process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return [process.exitcode for process in processes]
 
 

@@ -28,7 +28,8 @@ from bnlib.imagenet import augment, jpeg, pack, recipe
 from bnlib.imagenet import decode as decoding
 from bnlib.imagenet.decode import DamagedImage, Encoded, decode
 from bnlib.imagenet.examples import SourceError
-from bnlib.imagenet.loader import batches, evaluation_batches
+from bnlib.imagenet.held_out import evaluation_batches
+from bnlib.imagenet.loader import batches
 from bnlib.imagenet.order import Order, generator, local_positions, steps_per_epoch
 from bnlib.imagenet.sources import open_source
 

@@ -1,4 +1,4 @@
-"""Mini-batches for training and evaluation, made by worker processes.
+"""Mini-batches for training, made by worker processes.
 
 The mini-batch of a step is a function of the recipe, the data set and the step alone. Workers make
 whole mini-batches in turn, so that their number changes nothing, and a run that resumes at a step
@@ -14,39 +14,27 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from bnlib.imagenet import augment, batch_decode
+from bnlib.imagenet._workers import Counting, Prepared, Workers, floating, read_example
 from bnlib.imagenet.augment import Box
 from bnlib.imagenet.batch_decode import Part
-from bnlib.imagenet.decode import DamagedImage, Encoded, decoder
+from bnlib.imagenet.decode import DamagedImage
 from bnlib.imagenet.examples import Source
 from bnlib.imagenet.order import Order, local_positions, steps_per_epoch
 from bnlib.imagenet.recipes import Recipe
 
-__all__ = ["Batches", "EvaluationBatches", "batches", "evaluation_batches", "steps_per_epoch"]
+__all__ = ["Batches", "batches", "steps_per_epoch"]
 
 _LOGGER = logging.getLogger(__name__)
 PATIENCE = 100  # unreadable images in a row, after which the data set is not worth training on
-
-
-class _Prepared(NamedTuple):
-    """What a worker hands over: tensors, and what it found damaged."""
-
-    images: Tensor  # without the parts
-    labels: Tensor
-    order: Tensor
-    factors: Tensor
-    damaged: dict[str, str]
-    parts: Sequence[Part] = ()  # what is still to be decoded
 
 
 class _Example(NamedTuple):
@@ -55,7 +43,7 @@ class _Example(NamedTuple):
     drawn: augment.Augmentation
 
 
-class _Batches(Dataset[_Prepared]):
+class _Batches(Dataset[Prepared]):
     """From the number of a step to its mini-batch (of one process)."""
 
     def __init__(
@@ -75,10 +63,10 @@ class _Batches(Dataset[_Prepared]):
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self.known: dict[int, DamagedImage] = {}
 
-    def __getitem__(self, step: int) -> _Prepared:
+    def __getitem__(self, step: int) -> Prepared:
         return self.prepare(step, range(self.size))
 
-    def prepare(self, step: int, places: Sequence[int]) -> _Prepared:
+    def prepare(self, step: int, places: Sequence[int]) -> Prepared:
         """The examples at some places of the mini-batch of a step."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self.epoch:
@@ -97,7 +85,7 @@ class _Batches(Dataset[_Prepared]):
         images = torch.empty(len(crops), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for image, crop in zip(images, crops, strict=True):
             image.copy_(crop)
-        return _Prepared(
+        return Prepared(
             images,
             torch.tensor([example.label for example in examples]),
             torch.tensor([example.drawn.order for example in examples]),
@@ -126,7 +114,7 @@ class _Batches(Dataset[_Prepared]):
 
     def _augmented(self, index: int) -> _Example:
         recipe = self.recipe
-        encoded, label = _read(self.source, index)
+        encoded, label = read_example(self.source, index)
         drawn = augment.draw(
             encoded.width,
             encoded.height,
@@ -141,78 +129,7 @@ class _Batches(Dataset[_Prepared]):
         return _Example(part or encoded.crop(drawn.box, recipe.image_size), label, drawn)
 
 
-def _read(source: Source, index: int) -> tuple[Encoded, int]:
-    try:
-        data, label, name = source[index]
-    except OSError as error:
-        raise DamagedImage(
-            source.name(index), f"cannot be read: {error.strerror or error}"
-        ) from error
-    return Encoded(data, name), label
-
-
-def _start_worker(_: int) -> None:
-    # The main process alone decides what a signal means; workers end when it tells them to, as
-    # _Workers sees to, or is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Workers:
-    """What the workers prepare, item after item, and the end of the workers.
-
-    They end with this object, or before the process does: multiprocessing's own way of ending them
-    at that point is a signal, which they ignore.
-    """
-
-    def __init__(
-        self, dataset: Dataset[_Prepared], items: Iterable[int], workers: int, device: torch.device
-    ) -> None:
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=items,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            pin_memory=device.type == "cuda",
-            # its own: a loader must not draw from the generator that initializes and drops out
-            generator=torch.Generator(),
-        )
-        self._iterator = [iter(loader)]
-        weakref.finalize(self, self._iterator.clear)
-
-    def __next__(self) -> _Prepared:
-        prepared: _Prepared = next(self._iterator[0])
-        return prepared
-
-
-def _floating(images: Tensor, device: torch.device) -> Tensor:
-    moved = images.to(device, non_blocking=True)
-    return moved.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-class _Counting:
-    """Iterators that gather the damaged images that workers report."""
-
-    def __init__(self, source: Source) -> None:
-        self.damaged: dict[str, str] = {}
-        self._location = source.location
-        decoder()  # says once, here and not in every worker, what decodes
-
-    def _count(self, found: dict[str, str]) -> None:
-        for name, reason in found.items():
-            if name not in self.damaged:
-                self.damaged[name] = reason
-                _LOGGER.warning(
-                    "skipped a damaged image of %s (%d so far): %s: %s",
-                    self._location,
-                    len(self.damaged),
-                    name,
-                    reason,
-                )
-
-
-class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
+class Batches(Counting, Iterator[tuple[int, Tensor, Tensor]]):
     """What :func:`batches` returns.
 
     Attributes
@@ -236,15 +153,15 @@ class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
         self._device, self._photometric = device, dataset.recipe.photometric > 0
         self._spare, self._has_refused = spare, False
         self._steps = itertools.count(start_step)
-        self._workers = _Workers(dataset, itertools.count(start_step), workers, device)
+        self._workers = Workers(dataset, itertools.count(start_step), workers, device)
 
     def __next__(self) -> tuple[int, Tensor, Tensor]:
         prepared = next(self._workers)
         step = next(self._steps)
-        self._count(prepared.damaged)
+        self.count(prepared.damaged)
         if self._spare is not None:
             prepared = self._decoded(prepared, step, self._spare)
-        images = _floating(prepared.images, self._device)
+        images = floating(prepared.images, self._device)
         if self._photometric:
             order = prepared.order.to(self._device, non_blocking=True)
             factors = prepared.factors.to(self._device, non_blocking=True)
@@ -252,7 +169,7 @@ class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
         labels = prepared.labels.to(self._device, non_blocking=True)
         return step, augment.normalize(images), labels
 
-    def _decoded(self, prepared: _Prepared, step: int, spare: _Batches) -> _Prepared:
+    def _decoded(self, prepared: Prepared, step: int, spare: _Batches) -> Prepared:
         """The same with all images, on the device."""
         count, size = len(prepared.labels), spare.recipe.image_size
         images = torch.empty(count, 3, size, size, dtype=torch.uint8, device=self._device)
@@ -273,7 +190,7 @@ class Batches(_Counting, Iterator[tuple[int, Tensor, Tensor]]):
                 )
             # as if nothing had been decoded on a device: another example only if the CPU fails too
             again = spare.prepare(step, list(refused))
-            self._count(again.damaged)
+            self.count(again.damaged)
             images[list(refused)] = again.images.to(self._device)
             # labels, orders and factors
             for mine, other in zip(prepared[1:4], again[1:4], strict=True):
@@ -349,111 +266,3 @@ def batches(
     # Two: what one finds damaged must not change what the other hands over
     reading = _Batches(source, recipe, rank, world, skip_damaged, decodes=False)
     return Batches(reading, start_step, workers, device, dataset)
-
-
-class _Centers(Dataset[_Prepared]):
-    """From indices to the middles of photographs."""
-
-    def __init__(self, source: Source, size: int, resize: int, chunks: list[range]) -> None:
-        self.source, self.size, self.resize, self.chunks = source, size, resize, chunks
-
-    def __getitem__(self, number: int) -> _Prepared:
-        images, labels = [], []
-        damaged: dict[str, str] = {}
-        for index in self.chunks[number]:
-            try:
-                encoded, label = _read(self.source, index)
-                pixels = encoded.resize_shorter(self.resize)
-            except DamagedImage as error:
-                damaged[error.name] = error.reason
-                continue
-            height, width = pixels.shape[1:]
-            box = Box(
-                round((width - self.size) / 2),
-                round((height - self.size) / 2),
-                self.size,
-                self.size,
-            )
-            images.append(pixels[:, box.top :, box.left :][:, : self.size, : self.size])
-            labels.append(label)
-        empty = torch.empty(0)
-        stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
-        return _Prepared(stacked, torch.tensor(labels, dtype=torch.int64), empty, empty, damaged)
-
-
-class EvaluationBatches(_Counting, Iterator[tuple[Tensor, Tensor]]):
-    """What :func:`evaluation_batches` returns.
-
-    Attributes
-    ----------
-    damaged
-        The images that could not be read so far: from name to reason.
-    """
-
-    def __init__(self, dataset: _Centers, workers: int, device: torch.device) -> None:
-        super().__init__(dataset.source)
-        self._device = device
-        self._workers = _Workers(dataset, range(len(dataset.chunks)), workers, device)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        while True:
-            prepared = next(self._workers)
-            self._count(prepared.damaged)
-            if len(prepared.labels):
-                break
-        images = _floating(prepared.images, self._device)
-        return augment.normalize(images), prepared.labels.to(self._device, non_blocking=True)
-
-
-def evaluation_batches(
-    source: Source,
-    size: int,
-    resize: int,
-    batch_size: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-) -> EvaluationBatches:
-    """The middle of every photograph, once, in the source's order.
-
-    Images that cannot be read are left out and counted. The last mini-batch may be smaller. Workers
-    decode, whatever the device is: accuracy does not depend on where training decodes.
-
-    Parameters
-    ----------
-    source
-        The images.
-    size
-        Height and width of the crop, pixels.
-    resize
-        Length of the photograph's shorter side before, pixels; at least ``size``.
-    batch_size
-        Examples of a mini-batch of this process.
-    rank, world
-        This process takes every ``world``-th example from ``rank`` on.
-    workers
-        Processes that prepare mini-batches; 0 prepares them in this one.
-    device
-        Where the mini-batches shall be.
-
-    Returns
-    -------
-    EvaluationBatches
-        An iterator of (images, labels): float32 (n, 3, size, size), normalized as in training;
-        int64 (n,).
-
-    Raises
-    ------
-    ValueError
-        If the crop is larger than the photograph will be, or another number is out of range.
-    """
-    if not 1 <= size <= resize or batch_size < 1 or workers < 0 or not 0 <= rank < world:
-        raise ValueError(
-            f"size {size} must be from 1 to resize {resize}, batch_size {batch_size} at least 1, "
-            f"workers {workers} at least 0, rank {rank} from 0 to below world {world}"
-        )
-    mine = range(rank, len(source), world)
-    chunks = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    return EvaluationBatches(_Centers(source, size, resize, chunks), workers, torch.device(device))

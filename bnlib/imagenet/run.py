@@ -23,7 +23,8 @@ from bnlib.imagenet import checkpoint
 from bnlib.imagenet.decode import DamagedImage
 from bnlib.imagenet.evaluate import Accuracy, count_right, score
 from bnlib.imagenet.examples import Source
-from bnlib.imagenet.loader import batches, evaluation_batches
+from bnlib.imagenet.held_out import evaluation_batches
+from bnlib.imagenet.loader import batches
 from bnlib.imagenet.metrics import Metrics, read_metrics
 from bnlib.imagenet.parallel import Processes
 from bnlib.imagenet.recipes import Recipe

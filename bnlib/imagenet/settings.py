@@ -40,7 +40,7 @@ class Settings:
     )
     workers: int = option(2, "processes that prepare mini-batches", least=0)
     decode: str = option(
-        "auto",
+        "cpu",  # until the other has run on a GPU
         "where training photographs are decoded: cpu, in the workers; gpu, with nvJPEG, a "
         "mini-batch at a time; auto: on a GPU where TorchCodec can",
         choices=("auto", "cpu", "gpu"),

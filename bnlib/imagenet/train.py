@@ -261,19 +261,25 @@ def _gradients_stay(network: nn.Module, here: bool) -> Iterator[None]:
 
 
 class _Stop:
-    requested = False
+    requested, since = False, 0.0
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the step; a second one acts at once."""
+    """SIGTERM and SIGINT ask for a stop after the step.
+
+    Schedulers, terminals and ``torchrun`` may each send the same request, so further ones change
+    nothing; but a SIGINT that comes seconds later is somebody who will not wait.
+    """
     stop = _Stop()
     before: dict[int, Any] = {}
 
     def ask(number: int, _: Any) -> None:
-        stop.requested = True
-        signal.signal(number, before[number])
-        _LOGGER.warning("%s: saving and stopping", signal.Signals(number).name)
+        if not stop.requested:
+            stop.requested, stop.since = True, time.monotonic()
+            _LOGGER.warning("%s: saving and stopping", signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - stop.since > 5:
+            raise KeyboardInterrupt
 
     for number in (int(signal.SIGTERM), int(signal.SIGINT)):
         with contextlib.suppress(ValueError):  # not in the main thread: signals go elsewhere
