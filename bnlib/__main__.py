@@ -15,7 +15,8 @@ command goes on; 1 an error; 2 wrong usage; 3 the network diverged, which is rec
 
 
 def _train(argv: list[str]) -> int:
-    from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, fields, recipe
+    from bnlib.imagenet import ENSEMBLE, RECIPES, fields, recipe
+    from bnlib.imagenet.recipes import add_arguments, from_arguments
     from bnlib.imagenet.settings import Settings
     from bnlib.imagenet.train import train
 
@@ -31,10 +32,10 @@ def _train(argv: list[str]) -> int:
                         "archives, a packed copy, or hf:NAME")  # fmt: skip
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/RECIPE)")
     fields.add_arguments(parser, Settings, "how to run it")
-    fields.add_arguments(parser, Recipe, "the recipe; what is not given stays as RECIPE has it")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        chosen = recipe(arguments.recipe).replace(**fields.given(Recipe, arguments))
+        chosen = from_arguments(recipe(arguments.recipe), arguments)
         settings = Settings(**fields.given(Settings, arguments))
     except (ValueError, TypeError) as error:
         parser.error(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_imagenet_data import write_folder
 from torch import Tensor, nn
 
 from bnlib.imagenet import Recipe, checkpoint, recipe
@@ -71,12 +73,15 @@ def use_tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recipe, "network", lambda self, recompute=False: TinyNetwork(self))
 
 
-def warm_up(data: Path, out: Path) -> None:
-    """Train a step here, so that forked processes find everything imported."""
+def photographs(factory: pytest.TempPathFactory) -> Path:
+    """A folder of photographs; and one step of training, so that forks find everything imported."""
+    folder = write_folder(factory.mktemp("photographs"))
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_tiny_network(monkeypatch)
-        train(TINY.replace(steps=1), data, out, QUIET)
-    import torch._dynamo  # noqa: F401 - training in several processes needs it
+        train(TINY.replace(steps=1), folder, factory.mktemp("warm"), QUIET)
+    importlib.import_module("torch._dynamo")  # training in several processes needs it
+    return folder
 
 
 def changed(settings: Settings = QUIET, **changes: Any) -> Settings:

@@ -27,13 +27,12 @@ from imagenet_runs import (
     changed,
     finished,
     forked,
+    photographs,
     ranks,
     tensors,
     use_tiny_network,
     wait_for_step,
-    warm_up,
 )
-from test_imagenet_data import write_folder
 
 from bnlib import runs
 from bnlib.imagenet import checkpoint, metrics
@@ -48,10 +47,7 @@ OFTEN = changed(save_every=1)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("photographs"))
-    torch.set_num_threads(1)
-    warm_up(folder, tmp_path_factory.mktemp("warm"))
-    return folder
+    return photographs(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,11 @@ from imagenet_runs import (
     changed,
     finished,
     forked,
+    photographs,
     ranks,
     use_tiny_network,
     wait_for_step,
-    warm_up,
 )
-from test_imagenet_data import write_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -47,10 +46,7 @@ PLAIN = TINY.replace(normalization="none", dropout=0.0, photometric=0.0)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("photographs"))
-    torch.set_num_threads(1)
-    warm_up(folder, tmp_path_factory.mktemp("warm"))
-    return folder
+    return photographs(tmp_path_factory)
 
 
 @pytest.fixture

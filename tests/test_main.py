@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from imagenet_runs import (
     SMALL,
     assert_same_end,
@@ -22,12 +21,11 @@ from imagenet_runs import (
     command,
     finished,
     forked,
+    photographs,
     ranks,
     use_tiny_network,
     wait_for_step,
-    warm_up,
 )
-from test_imagenet_data import write_folder
 
 from bnlib import runs
 from bnlib.__main__ import COMMANDS, DIVERGED, FAILED, FINISHED, USAGE, main
@@ -41,10 +39,7 @@ QUIET = "--eval-every 0 --statistics-batches 2 --log-every 1 --keep 1 --no-tenso
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("photographs"))
-    torch.set_num_threads(1)
-    warm_up(folder, tmp_path_factory.mktemp("warm"))
-    return folder
+    return photographs(tmp_path_factory)
 
 
 @pytest.fixture

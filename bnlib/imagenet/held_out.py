@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 
 from bnlib.imagenet import augment
 from bnlib.imagenet._workers import Counting, Prepared, Workers, floating, read_example
-from bnlib.imagenet.augment import Box
 from bnlib.imagenet.decode import DamagedImage
 from bnlib.imagenet.examples import Source
 
@@ -34,13 +33,8 @@ class _Centers(Dataset[Prepared]):
                 damaged[error.name] = error.reason
                 continue
             height, width = pixels.shape[1:]
-            box = Box(
-                round((width - self.size) / 2),
-                round((height - self.size) / 2),
-                self.size,
-                self.size,
-            )
-            images.append(pixels[:, box.top :, box.left :][:, : self.size, : self.size])
+            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+            images.append(pixels[:, top : top + self.size, left : left + self.size])
             labels.append(label)
         empty = torch.empty(0)
         stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)

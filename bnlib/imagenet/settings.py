@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bnlib.imagenet import fields
+from bnlib.imagenet.batch_decode import CHOICES
 from bnlib.imagenet.fields import option
 
 __all__ = ["Settings"]
@@ -43,7 +44,7 @@ class Settings:
         "cpu",  # until the other has run on a GPU
         "where training photographs are decoded: cpu, in the workers; gpu, with nvJPEG, a "
         "mini-batch at a time; auto: on a GPU where TorchCodec can",
-        choices=("auto", "cpu", "gpu"),
+        choices=CHOICES,
     )
     eval_every: int = option(
         10_000, "steps between evaluations; 0 for none before the end", least=0
