@@ -9,11 +9,11 @@ from bnlib.inception.layers import ACTIVATIONS, ConvNormAct, StridedMaxPool
 from bnlib.inception.table import Row
 from bnlib.modules import PerActivationBatchNorm
 
-__all__ = ["AuxiliaryHead", "Inception"]
+__all__ = ["AuxiliaryHead", "Convolutions", "Inception"]
 
 
 class Convolutions:
-    """Makes the network's convolutions alike."""
+    """Makes the convolutions of one network, all in its own way."""
 
     def __init__(
         self, normalization: str, activation: str, bias: bool, eps: float, recompute: bool
