@@ -371,6 +371,22 @@ def test_without_torchcodec_the_workers_decode(
     assert_same(first(batches(source, PLAIN), 1), expected)
 
 
+def test_a_device_that_decodes_wrongly_is_left_alone(
+    mixed: Path, device_is_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = batch_decode._decode_jpeg()
+
+    def mirrored(data: list[bytes], *, device: torch.device) -> list[torch.Tensor]:
+        return [picture.flip(-1) for picture in right(data, device=device)]
+
+    monkeypatch.setattr(batch_decode, "_decode_jpeg", lambda: mirrored)
+    source = open_source(mixed, "train")
+    with pytest.raises(ValueError, match=r"test picture is off by \d+ gray levels"):
+        batches(source, PLAIN, decode="gpu")
+    expected = first(batches(source, PLAIN, decode="cpu"), 1)
+    assert_same(first(batches(source, PLAIN), 1), expected)
+
+
 def test_what_was_chosen_is_said_once(
     mixed: Path, calls: list[list[bytes]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,8 +5,9 @@ decodes the ordinary JPEGs of a mini-batch in one call, and cropping and resizin
 device. Everything else is decoded by the workers as before: see :mod:`bnlib.imagenet.decode`.
 
 The CUDA form has not been run yet: nothing here has been tested on a GPU, only the same code with
-TorchCodec's decoder for the CPU, which takes the same arguments. What is traded, as far as one can
-read it from the libraries:
+TorchCodec's decoder for the CPU, which takes the same arguments. Before the first mini-batch a test
+picture is decoded on the device; what does not come out right is left to the workers. What is
+traded, as far as one can read it from the libraries:
 
 * Pixels differ from those of the CPU by a gray level: interpolation is in float32, not in whole
   numbers. They differ more, on average by about one level, in crops at least twice as large as the
@@ -36,6 +37,7 @@ __all__ = ["CHOICES", "Part", "fill", "is_chosen", "part_for_device"]
 _LOGGER = logging.getLogger(__name__)
 CHOICES = ("auto", "cpu", "gpu")
 DEVICES = ("cuda",)  # the kinds of devices that have a decoder for batches
+WRONG = 4  # gray levels that a smooth test picture may be off by, on average
 MOST_PIXELS = 1 << 24  # larger photographs would take the network's memory; workers decode them
 
 
@@ -180,12 +182,19 @@ def _obstacle(device: torch.device) -> str | None:
     from PIL import Image
 
     decoder()  # says first what decodes the rest
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(64, 64)
+    smooth = torch.stack([ramp, ramp.T, 255 - ramp], dim=-1)
     picture = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(picture, "JPEG")
+    Image.fromarray(smooth.numpy()).save(picture, "JPEG", quality=95)
+    reason = None
     try:
-        _decode_jpeg()([picture.getvalue()], device=device)
+        (found,) = _decode_jpeg()([picture.getvalue()], device=device)
+        wrong = (found.cpu().float() - smooth.permute(2, 0, 1)).abs().mean().item()
+        if wrong > WRONG:
+            reason = f"a test picture is off by {wrong:.0f} gray levels on average"
     except Exception as error:  # a library made for another torch, or without CUDA, fails variously
         reason = " ".join(str(error).split()) or type(error).__name__
+    if reason is not None:
         _LOGGER.info("photographs are not decoded on %s (TorchCodec: %s)", device, reason)
         return reason
     _LOGGER.info(

@@ -250,7 +250,7 @@ class Run:
         columns = list(zip(*lines, strict=True)) or [()] * 5
         names = ("step", "part", "cross_entropy_nats", "top1", "top5")
         runs.write(
-            "imagenet",
+            self.settings.experiment,
             self.recipe.name,
             dict(zip(names, columns, strict=True)),
             configuration={

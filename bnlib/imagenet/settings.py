@@ -41,7 +41,7 @@ class Settings:
     )
     workers: int = option(2, "processes that prepare mini-batches", least=0)
     decode: str = option(
-        "cpu",  # until the other has run on a GPU
+        "auto",
         "where training photographs are decoded: cpu, in the workers; gpu, with nvJPEG, a "
         "mini-batch at a time; auto: on a GPU where TorchCodec can",
         choices=CHOICES,
@@ -62,6 +62,7 @@ class Settings:
     keep: int = option(3, "checkpoints that are kept", least=1)
     log_every: int = option(100, "steps between two lines of metrics", least=1)
     tensorboard: bool = option(True, "write TensorBoard's files too, where it is installed")
+    experiment: str = option("imagenet", "folder of the recorded run, in recorded/")
     adapt: bool = option(
         False, "go on from a checkpoint although recipe, data set or number of processes differ"
     )
