@@ -48,6 +48,7 @@ def test_nothing_else_is_changed() -> None:
     }
     assert differing == {
         "image_size",
+        "stem_stride",
         "num_classes",
         "steps",
         "shards",

@@ -168,8 +168,8 @@ def test_every_field_has_a_flag_that_sets_it() -> None:
         flag, before = "--" + entry.name.replace("_", "-"), getattr(recipe("bn-x5"), entry.name)
         if isinstance(before, bool):
             given = [flag if not before else flag.replace("--", "--no-")]
-        elif entry.name == "pool_proj_4cd":
-            given = [flag, "128"]
+        elif entry.name in ("pool_proj_4cd", "stem_stride"):
+            given = [flag, {"pool_proj_4cd": "128", "stem_stride": "4"}[entry.name]]
         elif isinstance(before, str):
             given = [flag, other.get(entry.name, "another")]
         elif isinstance(before, int):

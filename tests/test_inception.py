@@ -148,6 +148,23 @@ def test_feature_maps_are_those_of_the_classifier(network):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [32, 224, (45, 64)])
+@pytest.mark.parametrize("normalization", ["batch", "per-activation-last"])
+def test_without_the_first_pooling_maps_are_twice_as_large(size, normalization):
+    height, width = (size, size) if isinstance(size, int) else size
+    small = bn_inception(
+        num_classes=10, stem_stride=4, image_size=size, normalization=normalization
+    ).eval()
+    if normalization == "batch":
+        small.load_state_dict(bn_inception(num_classes=10).state_dict())
+    with torch.no_grad():
+        maps = small.feature_maps(images(2, 3, height, width))
+        assert small(images(2, 3, height, width)).shape == (2, 10)
+    for found, stride in zip(maps, (2, 2, 4, 8, 16), strict=True):
+        for found_size, image_size in zip(found.shape[2:], (height, width), strict=True):
+            assert abs(found_size - image_size / stride) < 1
+
+
 @pytest.mark.parametrize("height", range(1, 10))
 @pytest.mark.parametrize("width", [4, 7])
 def test_strided_pooling_covers_every_pixel(height, width):
@@ -402,6 +419,8 @@ def test_equal_seeds_give_equal_networks():
         ({"image_size": 70, "aux_head": True}, r"image_size is 70; .*needs 71"),
         ({"num_classes": 0, "aux_head": True}, r"aux_head needs num_classes > 0.* 0 and False"),
         ({"features_only": True, "aux_head": True}, r"aux_head needs .*features_only=False.* True"),
+        ({"stem_stride": 2}, r"stem_stride is 2; it must be one of \(8, 4\)"),
+        ({"recompute": True, "stem_stride": 4}, "recompute needs .*stem_stride=8"),
         ({"recompute": True, "lrn": True}, "recompute needs .*neither lrn"),
         ({"recompute": True, "features_only": True}, "recompute needs .*features_only"),
         ({"recompute": True, "activation": "sigmoid"}, "recompute needs .*activation='relu'"),

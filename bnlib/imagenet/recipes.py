@@ -57,6 +57,12 @@ class Recipe:
         "(Figure 5's asterisk) is separable",
         choices=("plain", "separable"),
     )
+    stem_stride: int = option(
+        8,
+        "stride of the stem; 4 leaves out its first max pooling, for small images",
+        "paper, Figure 5: 8",
+        choices=(8, 4),
+    )
     pool_proj_4cd: int = option(
         96,
         "pool projection in modules 4c and 4d",
@@ -220,6 +226,7 @@ class Recipe:
             self.num_classes,
             pool_proj_4cd=self.pool_proj_4cd,
             stem=self.stem,
+            stem_stride=self.stem_stride,
             normalization=self.normalization,
             activation=self.activation,
             lrn=self.lrn,

@@ -16,6 +16,7 @@ from bnlib.inception.table import FIGURE5, repaired
 __all__ = ["BNInception", "WithAuxiliary", "bn_inception"]
 
 STEMS = ("plain", "separable")
+STRIDES = (8, 4)
 NORMALIZATIONS = ("batch", "none", "per-activation-last")
 POOLS = ("avg", "max", "none")
 SMALLEST = 32
@@ -44,6 +45,9 @@ class BNInception(nn.Module):
     stem
         First convolution: "plain", a full 7x7, or "separable", the paper's, with a depth multiplier
         of 8.
+    stem_stride
+        8, the paper's; 4 leaves out the first max pooling, for small images: every later map is
+        twice as high and wide.
     normalization
         "batch"; "none", the paper's Inception; "per-activation-last", the paper's option for some
         networks of the ensemble (section 4.2.3), here in module 5b: the paper says only "the last
@@ -77,8 +81,8 @@ class BNInception(nn.Module):
         Whether training keeps less for the backward pass: the stem's normalization, ReLU and
         pooling are computed again (:mod:`bnlib.inception.recompute`), and an average pooling comes
         after its projection, on fewer channels, where convolutions have no bias.  The same results
-        up to rounding in less memory; inference is not touched.  Only with "batch" and "relu",
-        without ``lrn`` and ``features_only``; not for TorchScript, nor for training compiled with
+        up to rounding in less memory; inference is not touched.  Only with "batch", "relu" and
+        ``stem_stride=8``, without ``lrn`` and ``features_only``; not for TorchScript, nor for training compiled with
         ``fullgraph=True``.
 
     Raises
@@ -111,6 +115,7 @@ class BNInception(nn.Module):
         *,
         pool_proj_4cd: int = 96,
         stem: str = "plain",
+        stem_stride: int = 8,
         normalization: str = "batch",
         activation: str = "relu",
         lrn: bool = False,
@@ -140,7 +145,8 @@ class BNInception(nn.Module):
             self.conv1 = conv.wrap(separable, channels)
         else:
             self.conv1 = conv(in_chans, channels, first.patch, first.stride)
-        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        small = stem_stride == 4
+        self.pool1 = nn.Identity() if small else nn.MaxPool2d(3, 2, ceil_mode=True)
         self.lrn1 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
         self.conv2_reduce = conv(channels, second.reduce3x3, 1)
         self.conv2 = conv(second.reduce3x3, second.conv3x3, second.patch)
@@ -148,7 +154,7 @@ class BNInception(nn.Module):
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
 
         channels = second.conv3x3
-        map_size = _after_stem(size)
+        map_size = _after_stem(size, stem_stride)
         self.inception = nn.ModuleDict()
         for row in list(rows.values())[4:]:
             last = map_size if row.type == "5b" else None
@@ -188,7 +194,7 @@ class BNInception(nn.Module):
                 module.bias.zero_()
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The maps at strides 2, 4, 8, 16 and 32: after conv1, conv2, 3b, 4d and 5b.
+        """The maps after conv1, conv2, 3b, 4d and 5b: at strides 2, 4, 8, 16 and 32.
 
         Parameters
         ----------
@@ -200,7 +206,8 @@ class BNInception(nn.Module):
         list of torch.Tensor
             (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
             (N, 1024, H/32, W/32); 608 and 1024 with ``pool_proj_4cd=128``.  An odd size is halved
-            downward by the stem's poolings (strides 4 and 8) and upward elsewhere.
+            downward by the stem's poolings (strides 4 and 8) and upward elsewhere.  With
+            ``stem_stride=4`` the strides are 2, 2, 4, 8 and 16.
         """
         stride2, stride4 = self._stem(x)
         return [stride2, stride4] + self._inception_modules(self.pool2(stride4))  # noqa: RUF005
@@ -264,14 +271,14 @@ def bn_inception(**options: Any) -> BNInception:
     return BNInception(**options)
 
 
-def _after_stem(size: tuple[int, int]) -> tuple[int, int]:
+def _after_stem(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Height and width of the map that enters 3a."""
 
     def halved(n: int) -> int:  # as MaxPool2d(3, 2, ceil_mode=True)
         return max(-(-(n - 3) // 2), 0) + 1
 
-    height, width = (halved(halved((n + 1) // 2)) for n in size)
-    return height, width
+    height, width = (halved((n + 1) // 2) for n in size)
+    return (halved(height), halved(width)) if stride == 8 else (height, width)
 
 
 def _check_options(options: dict[str, Any]) -> tuple[int, int]:
@@ -279,6 +286,7 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
     choices = {
         "pool_proj_4cd": (96, 128),
         "stem": STEMS,
+        "stem_stride": STRIDES,
         "normalization": NORMALIZATIONS,
         "activation": tuple(ACTIVATIONS),
         "global_pool": POOLS,
@@ -304,10 +312,11 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
             f"{options['num_classes']} and {options['features_only']}"
         )
     plain = options["normalization"] == "batch" and options["activation"] == "relu"
-    if options["recompute"] and (not plain or options["lrn"] or options["features_only"]):
+    frugal = plain and options["stem_stride"] == 8
+    if options["recompute"] and (not frugal or options["lrn"] or options["features_only"]):
         raise ValueError(
-            "recompute needs normalization='batch' and activation='relu', and neither lrn nor "
-            "features_only"
+            "recompute needs normalization='batch', activation='relu' and stem_stride=8, and "
+            "neither lrn nor features_only"
         )
     for name in ("eps", "init_scale"):
         if not 0 < options[name] < float("inf"):
