@@ -79,7 +79,7 @@ def test_all_recipes_and_members_have_names_of_their_own() -> None:
         for plan in (SMALL.sweep, SMALL.networks, SMALL.ablation, SMALL.members)
         for recipe in plan(IMAGES, CLASSES)
     ]
-    assert len(names) == len(set(names)) == 6 + 7 * 3 + 7 * 3 + 6
+    assert len(names) == len(set(names)) == 5 + 7 * 3 + 7 * 3 + 6
 
 
 def test_a_sweep_without_numbers_is_refused() -> None:

@@ -96,12 +96,14 @@ def cropped(image: Tensor, size: int, crops: int) -> list[Tensor]:
     Returns
     -------
     list of torch.Tensor
-        uint8 (3, size, size) each.
+        uint8 (3, size, size) each. A crop that occurs more than once, as GoogLeNet's three squares
+        of a photograph that is itself square, is one tensor at several places of the list.
     """
     height, width = image.shape[1:]
     resized: dict[int, Tensor] = {}
-    found = []
-    for view in views(width, height, size, crops):
+    found: dict[View, Tensor] = {}
+    order = views(width, height, size, crops)
+    for view in dict.fromkeys(order):
         if view.shorter not in resized:
             wide, high = _resized(width, height, view.shorter)
             resized[view.shorter] = _resize(image, high, wide)
@@ -110,8 +112,8 @@ def cropped(image: Tensor, size: int, crops: int) -> list[Tensor]:
         ]
         if view.side != size:
             part = _resize(part, size, size)
-        found.append(part.flip(-1) if view.mirrored else part)
-    return found
+        found[view] = part.flip(-1) if view.mirrored else part
+    return [found[view] for view in order]
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:

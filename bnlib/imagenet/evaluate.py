@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnlib.imagenet import augment, checkpoint
+from bnlib.imagenet.averaging import SMALLEST, arithmetic_mean
 from bnlib.imagenet.crops import cropped
 from bnlib.imagenet.decode import DamagedImage, decode
 from bnlib.imagenet.examples import Source
@@ -173,27 +175,38 @@ def probabilities(
         read, from name to reason.
     """
     device = torch.device(device)
-    rows, labels, damaged = [], [], {}
-    for index in tqdm(range(len(source)), unit="img", disable=None if progress else True):
-        try:
-            example = source[index]
-            image = decode(example.data, example.name)
-        except (DamagedImage, OSError) as error:
-            damaged[source.name(index)] = str(error)
+    together = max(1, batch // max(1, crops))  # images whose crops go through at once
+    rows, labels, damaged = list[Tensor](), list[int](), dict[str, str]()
+    indices = range(len(source))
+    for first in tqdm(
+        indices[::together], unit="img", unit_scale=together, disable=None if progress else True
+    ):
+        views, weights = list[Tensor](), list[Tensor]()
+        for index in indices[first : first + together]:
+            try:
+                example = source[index]
+                image = decode(example.data, example.name)
+            except (DamagedImage, OSError) as error:
+                damaged[source.name(index)] = str(error)
+                continue
+            counts = Counter(cropped(image, size, crops))  # a crop may occur more than once
+            views += counts
+            weights.append(torch.tensor([list(counts.values())]) / crops)
+            labels.append(example.label)
+        if not views:
             continue
-        views = torch.stack(cropped(image, size, crops)).to(device).float()
-        views = augment.normalize(views).to(memory_format=torch.channels_last)
-        parts = [network(part).float().softmax(1) for part in views.split(batch)]
-        rows.append(torch.cat(parts).mean(0).cpu())
-        labels.append(example.label)
-        if example.label >= rows[0].numel():
+        images = augment.normalize(torch.stack(views).to(device).float())
+        images = images.to(memory_format=torch.channels_last)
+        parts = [network(part).float().softmax(1) for part in images.split(batch)]
+        rows.append(torch.block_diag(*weights) @ torch.cat(parts).cpu())
+        if max(labels) >= rows[0].shape[1]:
             raise ValueError(
                 f"{source.location} has {len(source.classes)} classes, the network "
-                f"{rows[0].numel()}; evaluate on the data set that it was trained on"
+                f"{rows[0].shape[1]}; evaluate on the data set that it was trained on"
             )
     if not rows:
         raise ValueError(f"none of the {len(source)} images of {source.location} can be read")
-    return torch.stack(rows), torch.tensor(labels), damaged
+    return torch.cat(rows), torch.tensor(labels), damaged
 
 
 def ensemble(members: Sequence[Tensor], labels: Tensor) -> Accuracy:
@@ -211,10 +224,5 @@ def ensemble(members: Sequence[Tensor], labels: Tensor) -> Accuracy:
     ValueError
         If the networks differ in images or classes.
     """
-    shapes = {tuple(member.shape) for member in members}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"the networks' probabilities have the shapes {sorted(shapes)}; one needed"
-        )
-    mean = torch.stack(list(members)).mean(0)
-    return score(_counts(mean.clamp_min(1e-12).log(), labels))
+    mean = arithmetic_mean(members)
+    return score(_counts(mean.clamp_min(SMALLEST).log(), labels))

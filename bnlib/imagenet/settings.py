@@ -29,6 +29,10 @@ class Settings:
         choices=("auto", "bf16", "float32"),
     )
     compile: bool = option(False, "torch.compile the network")
+    fused: bool = option(
+        False,  # until the kernels have run on a GPU
+        "batch normalization and ReLU as one operation, in kernels of our own; on a GPU",
+    )
     recompute: bool = option(False, "keep less for the backward pass (see BNInception)")
     accumulate: int = option(
         1,

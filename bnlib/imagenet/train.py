@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bnlib.imagenet.examples import Source
@@ -41,7 +40,8 @@ from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.run import Run, weight_decay_on_weights
 from bnlib.imagenet.settings import Settings
 from bnlib.imagenet.sources import open_source
-from bnlib.inception.architecture import WithAuxiliary
+from bnlib.imagenet.step import follow, loss_of, seed_dropout
+from bnlib.inception.fused import fuse_norm_relu
 
 __all__ = ["train"]
 
@@ -87,6 +87,9 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         torch.manual_seed(recipe.seed)
         model: nn.Module = recipe.network(recompute=settings.recompute)
         model = model.to(device).to(memory_format=torch.channels_last)
+        if settings.fused:
+            _check_fused(settings)
+            fuse_norm_relu(model)
         if settings.sync_bn and group.world > 1:
             _check_sync(recipe, device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -127,8 +130,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         while run.step < recipe.steps:
             step, images, labels = next(stream)
             images = images.to(memory_format=torch.channels_last)
-            dropout_seed = (recipe.seed * 1_000_003 + step) * 4096 + group.rank
-            torch.manual_seed(dropout_seed % 2**63)
+            seed_dropout(recipe, step, group.rank)
             rate = recipe.learning_rate_at(step, stream.steps_per_epoch)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
@@ -139,7 +141,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             ):
                 with _gradients_stay(network, number < micro_batches):
                     with run.autocast():
-                        logits, loss = _loss(network(part), targets, recipe.aux_weight)
+                        logits, loss = loss_of(network(part), targets, recipe.aux_weight)
                     (loss / micro_batches).backward()
                 right = (logits.argmax(1) == targets).float().mean()
                 sums += torch.stack([loss.detach(), right]) / micro_batches
@@ -148,10 +150,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             optimizer.step()
             run.step = step + 1
             if average is not None:
-                # at the start the average follows faster, or it would stay near the initial weights
-                decay = min(recipe.polyak, (1 + step) / (10 + step))
-                average.multi_avg_fn = get_ema_multi_avg_fn(decay)
-                average.update_parameters(model)
+                follow(average, model, recipe.polyak, step)
             bar.update()
 
             ending = run.step == recipe.steps
@@ -216,14 +215,6 @@ def _diverged_at(first_bad: Tensor, run: Run) -> int:
     return -int(run.group.greatest(-found))
 
 
-def _loss(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
-    """Logits and mean cross-entropy, the auxiliary classifier's added with its weight."""
-    if isinstance(output, WithAuxiliary):
-        auxiliary = cross_entropy(output.auxiliary.float(), targets)
-        return output.logits, cross_entropy(output.logits.float(), targets) + aux_weight * auxiliary
-    return output, cross_entropy(output.float(), targets)
-
-
 def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
     parts = group.world * settings.accumulate
     if recipe.batch_size % parts:
@@ -237,6 +228,15 @@ def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
         examples = recipe.batch_size // (settings.accumulate if joined else parts)
         _LOGGER.info("batch normalization is over %d examples of %d", examples, recipe.batch_size)
     return settings.accumulate
+
+
+def _check_fused(settings: Settings) -> None:
+    for name in ("compile", "sync_bn"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"fused and {name} exclude each other: each puts something else in the place of "
+                f"normalization and ReLU. Leave --fused or --{name.replace('_', '-')} out"
+            )
 
 
 def _check_sync(recipe: Recipe, device: torch.device) -> None:
