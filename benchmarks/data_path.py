@@ -66,8 +66,10 @@ def make_photographs(folder: Path, count: int) -> None:
         path.write_bytes(output.getvalue())
 
 
-def torchvision_batches(folder: Path, size: int) -> Iterator[Any]:
-    from torch.utils.data import DataLoader
+def torchvision_batches(
+    folder: Path, size: int, batch: int = BATCH, workers: int = 0
+) -> Iterator[Any]:
+    from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -81,8 +83,10 @@ def torchvision_batches(folder: Path, size: int) -> Iterator[Any]:
         ]
     )
     data = ImageFolder(str(folder / "train"), transform)
+    order = RandomSampler(data, num_samples=64 * batch)  # long epochs: workers start anew in each
+    loader = DataLoader(data, batch, sampler=order, num_workers=workers)
     while True:
-        yield from DataLoader(data, BATCH, shuffle=True, drop_last=True)
+        yield from loader
 
 
 def decode_all(images: list[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from pathlib import Path
 
 FINISHED, FAILED, USAGE, DIVERGED = 0, 1, 2, 3
@@ -58,6 +59,9 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--batch", type=_count, default=100, help="views at once")
+    parser.add_argument("--record", metavar="NAME", help="write a recorded run of that name")
+    parser.add_argument("--record-root", type=Path, default=Path("recorded"), metavar="DIR",
+                        help="where --record writes it (default recorded)")  # fmt: skip
 
 
 def _count(text: str) -> int:
@@ -94,9 +98,13 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
 
     from bnlib.imagenet.evaluate import ensemble, load_network, probabilities
     from bnlib.imagenet.parallel import processes
+    from bnlib.imagenet.predictions import Evaluated, check_name, record_accuracies
     from bnlib.imagenet.sources import open_source
 
-    source, members = open_source(arguments.data, "val"), []
+    if arguments.record is not None:
+        check_name(arguments.record)
+    started, source = time.time(), open_source(arguments.data, "val")
+    members, recipes, rows = [], [], []
     with processes(arguments.device) as group:
         for path in paths:
             network, recipe = load_network(path)
@@ -110,11 +118,25 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
                 progress=True,
             )
             members.append(found)
-            print(f"{path}: {arguments.crops} crops: {ensemble([found], labels)}")
+            recipes.append(recipe)
+            rows.append(Evaluated(recipe.name, 1, arguments.crops, ensemble([found], labels)))
+            print(f"{path}: {arguments.crops} crops: {rows[-1].accuracy}")
     for name, reason in damaged.items():
         print(f"left out {name}: {reason}")
     if len(members) > 1:
-        print(f"ensemble of {len(members)}: {ensemble(members, labels)}")
+        together = ensemble(members, labels)
+        rows.append(Evaluated("ensemble", len(members), arguments.crops, together))
+        print(f"ensemble of {len(members)}: {together}")
+    if arguments.record is not None and group.first:
+        folder = record_accuracies(
+            arguments.record,
+            rows,
+            recipes=recipes,
+            source=source,
+            started=started,
+            root=arguments.record_root,
+        )
+        print(f"recorded in {folder}")
     return FINISHED
 
 

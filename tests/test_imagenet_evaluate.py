@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from imagenet_runs import QUIET, TINY, TinyNetwork, use_tiny_network
-from test_imagenet_data import write_folder
+from test_imagenet_data import encoded, photograph, write_folder
 from torch import Tensor, nn
 
 from bnlib.imagenet import augment, checkpoint
@@ -254,6 +254,32 @@ def test_an_images_probabilities_are_the_mean_over_its_crops(crops: int, data: P
         with torch.no_grad():
             expected = network(augment.normalize(parts)).softmax(1).mean(0)
         torch.testing.assert_close(row, expected)
+
+
+def test_the_three_squares_of_a_square_photograph_are_one_and_computed_once() -> None:
+    """GoogLeNet's 144 crops are then 48, three times each."""
+    for width, height, different in ((64, 64, 48), (66, 64, 96), (375, 500, 144)):
+        assert len(set(views(width, height, 32, 144))) == different
+    pixels = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    parts = cropped(pixels, 32, 144)
+    assert len(parts) == 144
+    assert len({id(part) for part in parts}) == 48
+    assert len({tuple(part.flatten().tolist()) for part in parts}) == 48
+
+
+def test_a_square_photograph_among_others_counts_its_crops_as_often_as_they_occur(
+    tmp_path: Path,
+) -> None:
+    square = encoded(photograph(7, 64, 64), quality=90)
+    (write_folder(tmp_path) / "val" / "ant" / "001.JPEG").write_bytes(square)
+    torch.manual_seed(0)
+    network, source = TinyNetwork(TINY).eval(), open_source(tmp_path, "val")
+    found, _, _ = probabilities(network, source, 32, 144, batch=1000)
+    for index in (0, 1, 2):
+        parts = torch.stack(cropped(decode(source[index].data), 32, 144)).float()
+        with torch.no_grad():
+            expected = network(augment.normalize(parts)).softmax(1).mean(0)
+        torch.testing.assert_close(found[index], expected)
 
 
 def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:

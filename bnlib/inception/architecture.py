@@ -82,8 +82,8 @@ class BNInception(nn.Module):
         pooling are computed again (:mod:`bnlib.inception.recompute`), and an average pooling comes
         after its projection, on fewer channels, where convolutions have no bias.  The same results
         up to rounding in less memory; inference is not touched.  Only with "batch", "relu" and
-        ``stem_stride=8``, without ``lrn`` and ``features_only``; not for TorchScript, nor for training compiled with
-        ``fullgraph=True``.
+        ``stem_stride=8``, without ``lrn`` and ``features_only``; not for TorchScript, nor for
+        training compiled with ``fullgraph=True``.
 
     Raises
     ------

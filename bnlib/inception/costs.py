@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bnlib.inception.architecture import BNInception
 
@@ -70,6 +69,8 @@ def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) ->
     are convolutions and matrix products, as usual in the literature; normalization, activations,
     pooling and biases are not, which are a few percent more.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
+
     if not isinstance(model, BNInception):
         raise TypeError(f"model is a {type(model).__name__}; costs are counted for a BNInception")
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
