@@ -12,8 +12,10 @@ from test_imagenet_data import write_folder
 
 from bnlib import runs
 from bnlib.imagenet import RECIPES
+from bnlib.imagenet.crops import CROPS
 from bnlib.imagenet.examples import SourceError
 from bnlib.imagenet.miniature import ABLATION, Miniature, main, prepare
+from bnlib.imagenet.predictions import read_probabilities, run_name
 
 IMAGES, CLASSES = 10_000, 20
 SMALL = Miniature()
@@ -127,14 +129,41 @@ def test_what_is_not_tiny_imagenet_is_refused(tmp_path: Path) -> None:
         prepare(tiny, tmp_path / "few", 2)
 
 
+def begin(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
+    """The command line: ten steps on made-up photographs."""
+    command = f"miniature {arguments} --data data --steps 10 --experiment made-up --root found"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+
+
+def test_what_the_members_say_is_recorded_for_every_number_of_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_tiny_network(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "data", train=24, val=2)
+    begin(monkeypatch, "members networks crops --only bn-x5-member bn-x5-seed-0 --seeds 2")
+    main()
+    assert "probabilities-bn-x5-seed-1-1: runs/bn-x5-seed-1 has no network.pt" in (
+        capsys.readouterr().out
+    )
+    members = [f"bn-x5-member-{number}" for number in range(1, 7)]
+    expected = [run_name(name, crops) for name in members for crops in CROPS]
+    found = runs.names("made-up", root=tmp_path / "found")
+    assert found == sorted([*expected, *members, "bn-x5-seed-0", run_name("bn-x5-seed-0", 1)])
+    three = [
+        read_probabilities(members[0], crops, "made-up", root=tmp_path / "found") for crops in CROPS
+    ]
+    assert all(each.probabilities.shape == (6, 3) for each in three)
+    assert not three[0].probabilities.equal(three[1].probabilities)
+
+
 def test_runs_are_recorded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use_tiny_network(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", train=24, val=4)
-    command = "miniature sweep --data data --rates 0.01 --rate 0.01 --steps 10 --experiment made-up"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--root", "found", "--device", "cpu"])
+    begin(monkeypatch, "sweep --rates 0.01 --rate 0.01")
     main()
     assert capsys.readouterr().out.count("finished") >= 2
     root = tmp_path / "found"

@@ -243,7 +243,7 @@ def _predict(task: tuple[str, int, Path, str, Settings, Path]) -> str:
     if (root / settings.experiment / recorded / "manifest.json").is_file():
         return f"{recorded}: recorded before"
     if not (out / name / "network.pt").is_file():
-        return f"{recorded}: {out / name} has no network.pt; record the members first"
+        return f"{recorded}: {out / name} has no network.pt; train it first"
     torch.set_num_threads(1)
     record_probabilities(out / name, data, crops, settings.experiment, root, device=settings.device)
     return f"{recorded}: finished"
@@ -290,10 +290,11 @@ def main() -> None:
         for recipe in RECORDINGS[what](miniature, *sizes)
         if recipe.name.startswith(tuple(arguments.only))
     ]
+    wanted = [(recipe.name, crops) for crops in CROPS for recipe in miniature.members(*sizes)]
+    wanted += [(f"bn-x5-seed-{seed}", 1) for seed in range(miniature.seeds)]  # to compare with
     predictions = [
-        (recipe.name, crops, arguments.out, arguments.data, settings, root)
-        for crops in CROPS
-        for recipe in miniature.members(*sizes)
+        (name, crops, arguments.out, arguments.data, settings, root)
+        for name, crops in wanted
         if "crops" in arguments.what
     ]
     with multiprocessing.get_context("fork").Pool(arguments.jobs, maxtasksperchild=1) as pool:
