@@ -38,7 +38,9 @@ class Row:
     ----------
     network
         Its name, such as ``bn-x5``.
-    initial_learning_rate, batch_size
+    initial_learning_rate
+        Of the recipe that ran.
+    batch_size
         Of the recipe that ran.
     seeds
         How many runs the row is the mean of.
@@ -49,8 +51,10 @@ class Row:
     speedup
         The baseline's steps over this network's, each weighted with its mini-batch; NaN without a
         baseline or if neither gets there.
-    max_accuracy, max_accuracy_at
-        The highest point of the mean over seeds, a fraction, and its step.
+    max_accuracy
+        The highest point of the mean over seeds, a fraction.
+    max_accuracy_at
+        Its step.
     max_range
         The least and the greatest of the seeds' own maxima.
     """
@@ -148,8 +152,10 @@ class Printed:
         As printed, or as the text implies.
     steps_to_level
         Steps to 72.2%.
-    max_accuracy, max_accuracy_at
-        A fraction, and the step the text gives for it.
+    max_accuracy
+        A fraction.
+    max_accuracy_at
+        The step that the text gives for it.
     learning_rate_is
         "stated" or "implied".
     """
