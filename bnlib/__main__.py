@@ -72,7 +72,9 @@ def _count(text: str) -> int:
 
 def _evaluate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m bnlib evaluate", description="Accuracy of a trained network on held-out images."
+        "python -m bnlib evaluate",
+        usage="%(prog)s CHECKPOINT --data DIR [flags; see --help]",
+        description="Accuracy of a trained network on held-out images.",
     )
     parser.add_argument(
         "checkpoint", type=Path, help="a run's folder, its network.pt, or step-*.pt"
@@ -85,6 +87,7 @@ def _evaluate(argv: list[str]) -> int:
 def _ensemble(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m bnlib ensemble",
+        usage="%(prog)s CHECKPOINT ... --data DIR [flags; see --help]",
         description="Accuracy of the arithmetic mean of several networks' probabilities.",
     )
     parser.add_argument("checkpoint", type=Path, nargs="+", help="as for evaluate, one or more")
