@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,18 +51,32 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+class _Returning(Dataset[Prepared | DamagedImage]):
+    """Returns a damaged image as a value: raised, it would reach the main process as another error,
+    without its name."""
+
+    def __init__(self, dataset: Dataset[Prepared]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: int) -> Prepared | DamagedImage:
+        try:
+            return self.dataset[item]
+        except DamagedImage as error:
+            return error
+
+
 class Workers:
     """What the workers prepare, item after item, and the end of the workers.
 
     They end with this object, or before the process does: multiprocessing's own way of ending them
-    at that point is a signal, which they ignore.
+    at that point is a signal, which they ignore, so that the process would wait for them forever.
     """
 
     def __init__(
         self, dataset: Dataset[Prepared], items: Iterable[int], workers: int, device: torch.device
     ) -> None:
         loader = DataLoader(
-            dataset,
+            _Returning(dataset),
             batch_size=None,
             sampler=items,
             num_workers=workers,
@@ -70,12 +85,23 @@ class Workers:
             # its own: a loader must not draw from the generator that initializes and drops out
             generator=torch.Generator(),
         )
-        self._iterator = [iter(loader)]
-        weakref.finalize(self, self._iterator.clear)
+        self._iterator = iter(loader)
+        end = weakref.finalize(self, _end, self._iterator)
+        # Before torch notes that Python ends, after which it leaves the workers alone.
+        end.atexit = False
+        atexit.register(end)
 
     def __next__(self) -> Prepared:
-        prepared: Prepared = next(self._iterator[0])
+        prepared: Prepared | DamagedImage = next(self._iterator)
+        if isinstance(prepared, DamagedImage):
+            raise prepared
         return prepared
+
+
+def _end(iterator: Any) -> None:
+    # What torch does when nothing refers to the iterator; but the trace of an error may do so.
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 def floating(images: Tensor, device: torch.device) -> Tensor:
