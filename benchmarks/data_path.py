@@ -83,8 +83,10 @@ def torchvision_batches(
         ]
     )
     data = ImageFolder(str(folder / "train"), transform)
-    order = RandomSampler(data, num_samples=64 * batch)  # long epochs: workers start anew in each
-    loader = DataLoader(data, batch, sampler=order, num_workers=workers)
+    order = RandomSampler(data, num_samples=1 << 24)  # a long epoch: workers start anew in each
+    loader = DataLoader(
+        data, batch, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
     while True:
         yield from loader
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 
 FINISHED, FAILED, USAGE, DIVERGED = 0, 1, 2, 3
 EXIT_CODES = """\
-exit codes: 0 finished, or stopped by SIGTERM or SIGINT with a checkpoint, from which the same
-command goes on; 1 an error; 2 wrong usage; 3 the network diverged, which is recorded as a result
+exit codes: 0 finished, or stopped by SIGTERM or SIGINT with a checkpoint, from
+which the same command goes on; 1 an error; 2 wrong usage; 3 the network
+diverged, which is recorded as a result (torchrun makes 1 of it)
 """
 
 
@@ -42,8 +45,18 @@ def _train(argv: list[str]) -> int:
         parser.error(str(error))
     out = arguments.out or Path("runs") / chosen.name
     verdict = train(chosen, arguments.data, out, settings)
-    print(f"{chosen.name}: {verdict}")
+    _say(f"{chosen.name}: {verdict}")
     return DIVERGED if verdict.startswith("diverged") else FINISHED
+
+
+def _is_first() -> bool:
+    """Whether this is the one that speaks of the processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first():
+        print(text, flush=True)
 
 
 def _names() -> str:
@@ -65,8 +78,8 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 
 
@@ -101,16 +114,22 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
 
     from bnlib.imagenet.evaluate import ensemble, load_network, probabilities
     from bnlib.imagenet.parallel import processes
-    from bnlib.imagenet.predictions import Evaluated, check_name, record_accuracies
+    from bnlib.imagenet.predictions import ACCURACIES, Evaluated, record_accuracies
     from bnlib.imagenet.sources import open_source
+    from bnlib.runs import check_name
 
+    # What is wrong is found before hours of work.
     if arguments.record is not None:
         check_name(arguments.record)
+        if (there := arguments.record_root / ACCURACIES / arguments.record).exists():
+            raise ValueError(f"{there} is there already; give another name, or remove it")
     started, source = time.time(), open_source(arguments.data, "val")
-    members, recipes, rows = [], [], []
+    networks, recipes = zip(*(load_network(path, source) for path in paths), strict=True)
+    if len(counts := {recipe.num_classes for recipe in recipes}) > 1:
+        raise ValueError(f"the networks have {sorted(counts)} classes; one number is needed")
+    members, rows = [], []
     with processes(arguments.device) as group:
-        for path in paths:
-            network, recipe = load_network(path)
+        for path, network, recipe in zip(paths, networks, recipes, strict=True):
             found, labels, damaged = probabilities(
                 network.to(group.device).to(memory_format=torch.channels_last),
                 source,
@@ -121,15 +140,14 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
                 progress=True,
             )
             members.append(found)
-            recipes.append(recipe)
             rows.append(Evaluated(recipe.name, 1, arguments.crops, ensemble([found], labels)))
-            print(f"{path}: {arguments.crops} crops: {rows[-1].accuracy}")
+            _say(f"{path}: {arguments.crops} crops: {rows[-1].accuracy}")
     for name, reason in damaged.items():
-        print(f"left out {name}: {reason}")
+        _say(f"left out {name}: {reason}")
     if len(members) > 1:
         together = ensemble(members, labels)
         rows.append(Evaluated("ensemble", len(members), arguments.crops, together))
-        print(f"ensemble of {len(members)}: {together}")
+        _say(f"ensemble of {len(members)}: {together}")
     if arguments.record is not None and group.first:
         folder = record_accuracies(
             arguments.record,
@@ -139,7 +157,7 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
             started=started,
             root=arguments.record_root,
         )
-        print(f"recorded in {folder}")
+        _say(f"recorded in {folder}")
     return FINISHED
 
 
@@ -163,16 +181,21 @@ def main(argv: list[str] | None = None) -> int:
             f"unknown command {argv[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr
         )
         return USAGE
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    level = logging.INFO if _is_first() else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return COMMANDS[argv[0]](argv[1:])
     except ImportError as error:
         print(f"{error}: install it with pip install 'bnlib[train]'", file=sys.stderr)
     except Exception as error:
         ours = type(error).__module__.startswith("bnlib.")
-        if not ours and not isinstance(error, (ValueError, OSError)):
+        killed = str(error).startswith("DataLoader worker")
+        if not (ours or killed or isinstance(error, (ValueError, OSError))):
             raise  # a defect: its trace is wanted
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        remedy = "Is memory short? Try fewer --workers" if killed else ""
+        print(f"{type(error).__name__}: {error}{remedy}", file=sys.stderr)
     return FAILED
 
 

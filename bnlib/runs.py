@@ -146,6 +146,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot name a run or an experiment.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be the name of a folder.
+    """
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} cannot name a run; give a name without slashes, such as 'six'")
+
+
 def environment() -> dict[str, Any]:
     """Package versions and the device, for a manifest."""
     versions = {"python": platform.python_version()}
@@ -215,8 +227,10 @@ def write(
     Raises
     ------
     ValueError
-        If there are no columns or they differ in length.
+        If there are no columns or they differ in length, or a name cannot be a folder's.
     """
+    for folder_name in (experiment, name):
+        check_name(folder_name)
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"columns must be there and equally long; got lengths {lengths}")

@@ -108,17 +108,36 @@ def test_every_contender_runs_and_its_record_can_be_read(bench, tmp_path, capsys
     assert len(run.where(network="ours", batch=2)["images_per_s"]) == len(modes)
 
 
-def test_a_contender_that_computes_something_else_stops_the_report():
-    from gpu.contenders import check_losses, prepare
+def test_a_contender_that_computes_something_else_is_left_out(capsys):
+    from gpu.contenders import check, prepare
 
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     torch.manual_seed(0)
-    networks = {"port": Tiny(), "ours": Tiny()}
-    with torch.no_grad():
-        networks["ours"][-1].weight.mul_(30)
-    ready = prepare(networks, [("port", "eager"), ("ours", "eager")], images, labels, lambda: False)
-    with pytest.raises(SystemExit, match="nothing is reported"):
-        check_losses(ready)
+    tiny = Tiny()
+    networks = {"port": tiny, "ours": Tiny()}  # not the same weights
+    wanted = [("port", "eager"), ("port", "graph"), ("ours", "eager")]
+    ready = prepare(networks, wanted, images, labels, lambda: False)
+    (line,) = check(ready)
+    assert "ours, eager: left out: it computes something else" in line
+    assert "first logits" in line
+    assert line in capsys.readouterr().out
+    assert list(ready) == wanted[:2]
+
+
+def test_a_part_that_fails_leaves_the_others_their_turn_and_the_command_fails(monkeypatch, capsys):
+    import gpu_training
+
+    ran = []
+
+    def broken(_):
+        raise RuntimeError("no kernels")
+
+    monkeypatch.setattr(gpu_training.Bench, "norm_part", broken)
+    monkeypatch.setattr(gpu_training.Bench, "data_part", lambda _: ran.append("data"))
+    monkeypatch.setattr(sys, "argv", "gpu_training --dry-run --part norm --part data".split())
+    with pytest.raises(SystemExit, match="norm: RuntimeError: no kernels"):
+        gpu_training.main()
+    assert ran == ["data"]
 
 
 def test_contenders_after_the_limit_or_without_memory_are_left_out(monkeypatch, capsys):
@@ -162,7 +181,56 @@ def test_without_a_gpu_it_says_so_and_that_is_no_error():
 def test_the_part_on_normalization_runs_in_the_interpreter():
     output = run_script("--dry-run", "--part", "norm", TRITON_INTERPRET="1")
     assert "64 x  16^2,  1 layers" in output
-    assert output.count("normalization alone, batch 1") == 2
+    assert output.count("normalization alone, batch 2") == 2
+
+
+# Kernels as they are, then with one gradient off by a thousandth.
+CHECKS = """
+import torch
+from torch import nn
+from bnlib.inception import _fused_launch as launch
+from bnlib.inception.layers import ConvNormAct
+from gpu import contenders, norm
+
+cpu = torch.device("cpu")
+shape, right = (2, 8, 16, 16), launch.backward
+pair = ConvNormAct(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+network = nn.Sequential(pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+assert norm.check(shape, cpu, one_launch=True) == norm.check(shape, cpu, one_launch=False) == []
+assert contenders.check_fused(network, 16, cpu) == []
+
+def wrong(*inputs):
+    x, gamma, beta = right(*inputs)
+    return x, gamma * 1.001, beta
+
+launch.backward = wrong
+kinds = ["torch.float32", "torch.bfloat16"]
+for line, kind in zip(norm.check(shape, cpu, one_launch=False), kinds, strict=True):
+    assert "dl/dgamma" in line and kind in line, line
+(line,) = contenders.check_fused(network, 16, cpu)
+assert "norm.weight" in line, line
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_checks_of_the_kernels_notice_a_thousandth():
+    process = subprocess.run(
+        [sys.executable, "-c", CHECKS],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def test_a_network_that_does_not_run_in_the_kernels_is_no_fused_contender():
+    from gpu.contenders import in_kernels
+
+    from bnlib.inception.fused import _FusedConvNormAct
+
+    pair = _FusedConvNormAct(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    for network in (pair.eval(), Tiny()):  # torch's own operations; nothing fused at all
+        with pytest.raises(RuntimeError, match="not all pairs"), in_kernels(network):
+            network(torch.randn(2, 3, 32, 32))
 
 
 def test_the_part_on_data_runs_and_says_what_is_left_out():

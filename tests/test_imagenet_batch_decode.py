@@ -400,6 +400,24 @@ def test_what_was_chosen_is_said_once(
     assert len(calls) == 3, "the automatic choice is the device's"
 
 
+def test_after_the_first_mini_batch_no_constant_is_copied_to_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, order, factors = torch.rand(2, 3, 4, 4), torch.tensor([[0, 1, 2]] * 2), torch.ones(2, 3)
+
+    def mini_batch() -> Tensor:
+        return augment.normalize(augment.distort(images.clone(), order, factors))
+
+    with torch.inference_mode():  # an evaluation may come first
+        first_one = mini_batch()
+
+    def copied(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a GPU would be waited for")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    assert torch.equal(mini_batch(), first_one)
+
+
 @pytest.mark.parametrize("how", ["cpu", "gpu"])
 def test_training_decodes_where_the_setting_says(
     how: str,

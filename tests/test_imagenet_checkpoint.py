@@ -436,7 +436,7 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(half: str, tmp_path: Path
 
 def test_a_damaged_line_in_the_middle_is_no_kill_and_is_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is damaged: .*remove it"):
         read_metrics(tmp_path / "metrics.jsonl")
     assert metrics.read_metrics(tmp_path / "none.jsonl") == []
 

@@ -39,7 +39,7 @@ from bnlib.imagenet.loader import batches
 from bnlib.imagenet.metrics import read_metrics
 from bnlib.imagenet.run import weight_decay_on_weights
 from bnlib.imagenet.sources import open_source
-from bnlib.imagenet.train import train
+from bnlib.imagenet.train import _check_sync, train
 
 PLAIN = TINY.replace(normalization="none", dropout=0.0, photometric=0.0)
 
@@ -473,6 +473,11 @@ def test_synchronized_normalization_without_gpus_is_refused(
 ) -> None:
     assert finished(*ranks(2, TINY, data, [tmp_path], changed(sync_bn=True))) == [1, 1]
     assert "Leave --sync-bn out" in capfd.readouterr().err
+
+
+def test_synchronized_normalization_that_is_computed_again_is_refused() -> None:
+    with pytest.raises(ValueError, match="sync_bn and recompute exclude each other"):
+        _check_sync(TINY, changed(sync_bn=True, recompute=True), torch.device("cuda"))
 
 
 # Real photographs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 from gpu.floor import Machine
 
 WARM_UP = 3  # steps before anything is timed or captured: plans, momenta and kernels are made
+AWAKE = 0.5  # seconds of work after which a device that idled has its full clock
 
 
 def elapsed(run: Callable[[], object], count: int, device: torch.device) -> float:
@@ -31,16 +34,16 @@ def elapsed(run: Callable[[], object], count: int, device: torch.device) -> floa
     return start.elapsed_time(end) / 1000 / count
 
 
-def warm_up(run: Callable[[], object], device: torch.device) -> None:
-    """A few calls; on a stream of their own, as capturing asks for."""
+@contextlib.contextmanager
+def beside(device: torch.device) -> Any:
+    """A stream of its own, where everything happens that a graph shall be captured of later."""
     if device.type != "cuda":
-        run()
+        yield
         return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
+        yield
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
 
@@ -50,12 +53,13 @@ def captured(
 ) -> Callable[[], object]:
     """``run`` as a CUDA graph, which starts all its kernels at once; on the CPU ``run`` itself.
 
-    Call :func:`warm_up` first.  Graphs that never run at the same time may share the memory of
-    ``pool``.
+    ``run`` must have run :func:`beside` before, and only there.  Graphs that never run at the same
+    time may share the memory of ``pool``.
     """
     if device.type != "cuda":
         return run
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # what is freed while a graph is captured can spoil it
     with torch.cuda.graph(graph, pool=pool):
         run()
     return graph.replay
@@ -63,6 +67,7 @@ def captured(
 
 def kernel_seconds(run: Callable[[], object]) -> float:
     """Seconds that the device's kernels take in one call, without the gaps between them."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -70,7 +75,9 @@ def kernel_seconds(run: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         run()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in record.key_averages()) / 1e6
+    # calls on the CPU have the time of what they start, too
+    kernels = [event for event in record.events() if event.device_type == DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in kernels if not e.is_user_annotation) / 1e6
 
 
 def ceilings(device: torch.device, small: bool = False) -> Machine:
@@ -86,6 +93,9 @@ def ceilings(device: torch.device, small: bool = False) -> Machine:
 
 def fastest_half(run: Callable[[], Tensor], device: torch.device, repeats: int = 12) -> float:
     """The median of the faster half: a ceiling is what the device reaches, not its average."""
-    warm_up(run, device)
+    run()
+    start = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - start < AWAKE:
+        elapsed(run, 10, device)
     times = sorted(elapsed(run, 1, device) for _ in range(repeats))
     return times[repeats // 4]

@@ -17,9 +17,11 @@ from gpu.contenders import forget, quartiles
 from gpu.floor import Machine
 
 PASSES = 8  # over the map: x twice and y; x and dl/dy twice and dl/dx
+LEAST = 5  # of them if what is read again were still in the cache
 COLD = 160 * 2**20  # bytes that the maps of one graph have together: several times a cache
 FEW_ROWS = 8192  # up to which both forms of the kernels are tried
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+OF_SUMS = 1e-4  # over the map, in float32 for both
 
 
 def shapes(network: nn.Module, size: int) -> Counter[tuple[int, int]]:
@@ -41,7 +43,7 @@ def native(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 def kernels(x: Tensor, norm: nn.BatchNorm2d, one_launch: bool | None = None) -> Tensor:
     y = norm_relu(x, norm, one_launch=one_launch)
     if "NormReLU" not in type(y.grad_fn).__name__:
-        raise SystemExit("the kernels did not run: norm_relu fell back to torch")
+        raise RuntimeError("the kernels did not run: norm_relu fell back to torch")
     return y
 
 
@@ -50,45 +52,44 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return x.to(dtype).to(memory_format=torch.channels_last).requires_grad_()
 
 
-def check(shape: tuple[int, ...], device: torch.device, **options: Any) -> None:
-    """Outputs, derivatives and statistics against float64; an error if they are off."""
+def check(shape: tuple[int, ...], device: torch.device, **options: Any) -> list[str]:
+    """What is wrong with outputs, derivatives and statistics, against float64: nothing, one hopes.
+
+    Where ReLU depends on the last digit, no gradient comes in: each such place that float32 decides
+    otherwise would change the sums by more than all rounding.
+    """
+    wrong = []
     for dtype, tolerance in TOLERANCE.items():
         x, norm = example(shape, dtype, device), nn.BatchNorm2d(shape[1], device=device)
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-        grad = torch.randn(shape, device=device).to(x)
         exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+        with torch.no_grad():
+            before = copy.deepcopy(exact)(wide)
+        grad = torch.randn_like(x) * (before.abs() > 1e-4)
         native(wide, exact).backward(grad.double())
         y = kernels(x, norm, **options)
-        with torch.no_grad():
-            mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
-            scale = exact.weight / (var + norm.eps).sqrt()
-            before = (wide - mean[:, None, None]) * scale[:, None, None]
-            before += exact.bias[:, None, None]
         y.backward(grad)
-        decided = before.abs() > 1e-4  # elsewhere ReLU depends on the last digit
         pairs = {
-            "y": (y, F.relu(before)),
-            "dl/dx": (x.grad * decided, wide.grad * decided),
-            "dl/dgamma": (norm.weight.grad, exact.weight.grad),
-            "running_mean": (norm.running_mean, exact.running_mean),
-            "running_var": (norm.running_var, exact.running_var),
+            "y": (y.detach(), F.relu(before), tolerance),
+            "dl/dx": (x.grad, wide.grad, tolerance),
+            "dl/dgamma": (norm.weight.grad, exact.weight.grad, OF_SUMS),
+            "dl/dbeta": (norm.bias.grad, exact.bias.grad, OF_SUMS),
+            "running_mean": (norm.running_mean, exact.running_mean, OF_SUMS),
+            "running_var": (norm.running_var, exact.running_var, OF_SUMS),
         }
-        for name, (found, wanted) in pairs.items():
-            off = (
-                (found.detach().double() - wanted.detach()).norm() / wanted.detach().norm()
-            ).item()
-            if not off <= tolerance * (10 if name == "dl/dgamma" else 1):
-                raise SystemExit(
-                    f"the kernels are wrong: {name} of {shape} in {dtype} is off by {off:.1e}; "
-                    "nothing is reported"
-                )
+        for name, (found, wanted, limit) in pairs.items():
+            off = float((found.double() - wanted).norm() / wanted.norm())
+            if not off <= limit:
+                wrong.append(f"the kernels are wrong: {name} of {shape}, {dtype}: off by {off:.1e}")
+                print(f"  {wrong[-1]}")
+    return wrong
 
 
 def round_trip(
     run: Callable[[Tensor, nn.BatchNorm2d], Tensor], shape: tuple[int, ...], device: torch.device
 ) -> Callable[[], object]:
-    """Forward and backward over one map after another, so that none is in the cache, as a graph."""
+    """Forward over one map after another, then backward, as a graph; all begin out of the cache."""
     one = 2 * int(torch.Size(shape).numel())
     cases = []
     count = max(1, min(128, COLD // (2 * one))) if device.type == "cuda" else 1
@@ -97,10 +98,13 @@ def round_trip(
         cases.append((x, torch.randn_like(x), nn.BatchNorm2d(shape[1], device=device)))
 
     def step() -> None:
-        for x, grad, norm in cases:
-            torch.autograd.grad(run(x, norm), (x, norm.weight, norm.bias), grad)
+        outputs = [run(x, norm) for x, _, norm in cases]
+        for y, (x, grad, norm) in zip(outputs, cases, strict=True):
+            torch.autograd.grad(y, (x, norm.weight, norm.bias), grad)
 
-    clock.warm_up(step, device)
+    with clock.beside(device):
+        for _ in range(clock.WARM_UP if device.type == "cuda" else 1):
+            step()
     replay = clock.captured(step, device)
 
     def each() -> object:
@@ -112,9 +116,12 @@ def round_trip(
 
 def measure(
     network: nn.Module, batch: int, size: int, device: torch.device, machine: Machine, rounds: int,
-    late: Callable[[], bool],
+    late: Callable[[], bool], wrong: list[str],
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Microseconds of forward and backward pass for each shape; a column for each way."""
+    """Microseconds of forward and backward pass for each shape; a column for each way.
+
+    A shape at which the kernels are wrong is added to ``wrong`` and left out.
+    """
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for (channels, height), layers in sorted(shapes(network, size).items(), key=lambda s: -s[0][1]):
         if late():
@@ -129,9 +136,12 @@ def measure(
         if rows <= FEW_ROWS:
             ways["one_launch_us"] = lambda x, norm: kernels(x, norm, one_launch=True)
             ways["three_launches_us"] = lambda x, norm: kernels(x, norm, one_launch=False)
-        for options in ({"one_launch": True}, {"one_launch": False}):
-            if rows <= FEW_ROWS or not options["one_launch"]:
-                check(shape, device, **options)
+        forms = [True, False] if rows <= FEW_ROWS else [False]
+        found = [line for form in forms for line in check(shape, device, one_launch=form)]
+        forget()
+        if found:
+            wrong += found
+            continue
         trips = {name: round_trip(run, shape, device) for name, run in ways.items()}
         times: dict[str, list[float]] = {name: [] for name in trips}
         for number in range(rounds):
@@ -168,7 +178,7 @@ def show(columns: dict[str, list[float]], batch: int) -> None:
         print(
             f"  {row['channels']:4.0f} x {row['height']:3.0f}^2, {row['layers']:2.0f} layers: "
             f"ours {row['fused_us']:7.1f} us, torch {row['native_us']:7.1f} us, "
-            f"{row['share_of_copy']:.0%} of a copy" + forms * (row["one_launch_us"] > 0)
+            f"{row['share_of_copy']:.0%} of a copy's bandwidth" + forms * (row["one_launch_us"] > 0)
         )
     ours, theirs, ideal = (
         sum(row["layers"] * row[name] * factor(row) for row in rows)
@@ -183,8 +193,10 @@ def show(columns: dict[str, list[float]], batch: int) -> None:
         f"  all layers: ours {ours / 1e3:.2f} ms, torch {theirs / 1e3:.2f} ms: "
         f"{theirs / ours:.2f} times as fast, ahead at {ahead} of {len(rows)} shapes"
     )
+    share = ideal / ours
     verdicts = {
-        f"{ideal / ours:.0%} of the bandwidth of a copy (aim: 85%)": ideal / ours >= 0.85,
+        f"{share:.0%} of the bandwidth of a copy (aim: 85%), {LEAST / PASSES * share:.0%} if "
+        "second readings cost nothing": share >= 0.85,
         "ahead of torch over all layers": ours < theirs,
     }
     for what, reached in verdicts.items():

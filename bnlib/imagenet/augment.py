@@ -12,6 +12,7 @@ shift per photograph. They are applied to a whole mini-batch at once, where the 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -166,7 +167,7 @@ def distort(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """
     flat = images.flatten(2)
     mean = flat.mean(2, keepdim=True)
-    gray = torch.tensor(LUMINANCE, device=images.device)[None]
+    gray = _constant(LUMINANCE, images.device)[None]
     to_gray = gray.expand(3, 3)
     matrix = torch.eye(3, device=images.device).expand(len(images), 3, 3)
     shift = torch.zeros_like(mean)
@@ -190,6 +191,11 @@ def normalize(images: Tensor) -> Tensor:
     images
         float32 (N, 3, H, W), RGB, 0 to 255.
     """
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    mean = _constant(MEAN, images.device).view(3, 1, 1) * 255
+    std = _constant(STD, images.device).view(3, 1, 1) * 255
     return images.sub_(mean).div_(std)
+
+
+@cache  # or each step would wait until a GPU has finished the one before, to copy three numbers
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

@@ -13,7 +13,8 @@ traded, as far as one can read it from the libraries:
   numbers. They differ more, on average by about one level, in crops at least twice as large as the
   picture wanted, which workers decode at a reduced size; and by what nvJPEG's own arithmetic adds,
   above all where a photograph stores its colors at half the resolution.
-* The process that trains waits for its GPU once a step.
+* The process that trains waits for the decoding once a step, in which its GPU can finish the step
+  before: the loader decodes on a stream of its own.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ full disk leaves the files before it as they were.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 
 from bnlib.runs import write_atomically
 
-__all__ = ["CheckpointError", "checkpoints", "load", "load_latest", "save"]
+__all__ = ["CheckpointError", "alone", "checkpoints", "load", "load_latest", "save"]
 
 _LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
@@ -28,6 +30,33 @@ _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says which, why, and what to do."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a folder from being trained in twice: each run would remove the other's checkpoints.
+
+    What keeps it is a lock on a file there, which ends with this process in whatever way.
+
+    Raises
+    ------
+    CheckpointError
+        If another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(
+                f"another process trains in {folder}; wait for it, or choose another --out. If "
+                f"there is none, on no machine, remove {folder / '.lock'}"
+            ) from error
+        except (ImportError, OSError):
+            pass  # some systems and network disks have no locks
+        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -105,6 +134,8 @@ def load(path: str | Path) -> dict[str, Any]:
             "checkpoint before it"
         )
     try:
+        if not name and (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise ValueError(f"its part {bad} is damaged")  # which torch would not notice
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or foreign files
         first = (str(error) or type(error).__name__).splitlines()[0]

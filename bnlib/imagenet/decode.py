@@ -195,14 +195,27 @@ class Encoded:
         Raises
         ------
         DamagedImage
-            If the pixels cannot be decoded.
+            If the pixels cannot be decoded, or would be too many.
         """
         return self.crop(Box(0, 0, self.width, self.height), self.size_with_shorter(side))
 
     def size_with_shorter(self, side: int) -> tuple[int, int]:
-        """Height and width with the shorter side so long, rounded down as torchvision does."""
+        """Height and width with the shorter side so long, rounded down as torchvision does.
+
+        Raises
+        ------
+        DamagedImage
+            If that is more than ``MAX_PIXELS``, as for a line of pixels.
+        """
         shorter = min(self.width, self.height)
-        return self.height * side // shorter, self.width * side // shorter
+        height, width = self.height * side // shorter, self.width * side // shorter
+        if height * width > MAX_PIXELS:
+            raise DamagedImage(
+                self.name,
+                f"{self.width}x{self.height} pixels would become {width}x{height}, more than the "
+                f"limit of {MAX_PIXELS}",
+            )
+        return height, width
 
     def ordinary_jpeg(self, box: Box) -> tuple[bytes, Box] | None:
         """A JPEG that shows at least a part, for any decoder of JPEGs, and the part's place in it.

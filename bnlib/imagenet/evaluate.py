@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from bnlib.imagenet import augment, checkpoint
 from bnlib.imagenet.averaging import SMALLEST, arithmetic_mean
-from bnlib.imagenet.crops import cropped
-from bnlib.imagenet.decode import DamagedImage, decode
-from bnlib.imagenet.examples import Source
+from bnlib.imagenet.crops import cropped, views
+from bnlib.imagenet.decode import DamagedImage, Encoded
+from bnlib.imagenet.examples import Source, check_classes
 from bnlib.imagenet.recipes import Recipe
 
 __all__ = ["Accuracy", "count_right", "ensemble", "load_network", "probabilities", "score"]
@@ -108,7 +108,7 @@ def count_right(
     return total
 
 
-def load_network(path: str | Path) -> tuple[nn.Module, Recipe]:
+def load_network(path: str | Path, source: Source | None = None) -> tuple[nn.Module, Recipe]:
     """A trained network, ready for inference, and its recipe.
 
     Parameters
@@ -118,17 +118,24 @@ def load_network(path: str | Path) -> tuple[nn.Module, Recipe]:
         checkpoint (averaged weights where there are some, moving averages as statistics); or the
         run's folder, which stands for its ``network.pt`` or, before there is one, its newest
         checkpoint.
+    source
+        The images that it shall be shown, if their labels are to be compared with those that it was
+        trained on.
 
     Raises
     ------
     CheckpointError
         As :func:`bnlib.imagenet.checkpoint.load` does.
+    SourceError
+        If the images are of other classes.
     """
     path = Path(path)
     if (path / "network.pt").is_file():
         path = path / "network.pt"
     state = checkpoint.load(path)
     recipe = Recipe.from_json(state["recipe"])
+    if source is not None and "classes" in state:
+        check_classes(source, state["classes"], f"the training of {path}")
     network = recipe.network()
     weights = state["model"]
     if state.get("average"):
@@ -181,21 +188,24 @@ def probabilities(
     for first in tqdm(
         indices[::together], unit="img", unit_scale=together, disable=None if progress else True
     ):
-        views, weights = list[Tensor](), list[Tensor]()
+        shown, weights = list[Tensor](), list[Tensor]()
         for index in indices[first : first + together]:
             try:
                 example = source[index]
-                image = decode(example.data, example.name)
+                encoded = Encoded(example.data, example.name)
+                wanted = views(encoded.width, encoded.height, size, crops)
+                encoded.size_with_shorter(max(view.shorter for view in wanted))  # refuses lines
+                image = encoded.decode()
             except (DamagedImage, OSError) as error:
-                damaged[source.name(index)] = str(error)
+                damaged[source.name(index)] = getattr(error, "reason", str(error))
                 continue
             counts = Counter(cropped(image, size, crops))  # a crop may occur more than once
-            views += counts
+            shown += counts
             weights.append(torch.tensor([list(counts.values())]) / crops)
             labels.append(example.label)
-        if not views:
+        if not shown:
             continue
-        images = augment.normalize(torch.stack(views).to(device).float())
+        images = augment.normalize(torch.stack(shown).to(device).float())
         images = images.to(memory_format=torch.channels_last)
         parts = [network(part).float().softmax(1) for part in images.split(batch)]
         rows.append(torch.block_diag(*weights) @ torch.cat(parts).cpu())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Example", "Source", "SourceError"]
+__all__ = ["Example", "Source", "SourceError", "check_classes"]
 
 
 class SourceError(RuntimeError):
@@ -79,3 +79,36 @@ class Source(ABC):
             line = f"{self.name(index)}\t{size}\t{self.labels[index]}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+def check_classes(source: Source, trained: Sequence[str], where: str) -> None:
+    """Refuse images whose labels do not mean the classes that a network is trained on.
+
+    The same names must have the same numbers; classes at the end may be missing. As many classes
+    with other names altogether pass: the same data set goes by WordNet's ids and by words.
+
+    Parameters
+    ----------
+    source
+        The images.
+    trained
+        The classes of the training set.
+    where
+        What was trained, or on what; for the message.
+
+    Raises
+    ------
+    SourceError
+        If the labels mean other classes; the message names the first that differs.
+    """
+    found = source.classes
+    if len(found) == len(trained) and not set(found) & set(trained):
+        return
+    for label, name in enumerate(found):
+        there = repr(trained[label]) if label < len(trained) else "no class"
+        if there != repr(name):
+            raise SourceError(
+                f"class {label} of {len(found)} is {name!r} in {source.location}, {there} of "
+                f"{len(trained)} in {where}. The same classes are needed: give a folder that has "
+                "train/ beside val/, or the data set that was trained on"
+            )

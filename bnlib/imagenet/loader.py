@@ -152,6 +152,8 @@ class Batches(Counting, Iterator[tuple[int, Tensor, Tensor]]):
         self.steps_per_epoch = dataset.per_epoch
         self._device, self._photometric = device, dataset.recipe.photometric > 0
         self._spare, self._has_refused = spare, False
+        decodes = spare is not None and device.type == "cuda"
+        self._aside = torch.cuda.Stream(device) if decodes else None
         self._steps = itertools.count(start_step)
         self._workers = Workers(dataset, itertools.count(start_step), workers, device)
 
@@ -160,7 +162,13 @@ class Batches(Counting, Iterator[tuple[int, Tensor, Tensor]]):
         step = next(self._steps)
         self.count(prepared.damaged)
         if self._spare is not None:
-            prepared = self._decoded(prepared, step, self._spare)
+            # beside the step before, which a GPU may not have finished
+            with torch.cuda.stream(self._aside):
+                prepared = self._decoded(prepared, step, self._spare)
+            if self._aside is not None:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_stream(self._aside)
+                prepared.images.record_stream(stream)  # its memory is not free before
         images = floating(prepared.images, self._device)
         if self._photometric:
             order = prepared.order.to(self._device, non_blocking=True)

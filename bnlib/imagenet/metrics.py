@@ -18,15 +18,24 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one cut short by a kill, at the end, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
+    """The lines of a metrics file; one cut short by a kill, at the end, is left out.
+
+    Raises
+    ------
+    ValueError
+        If another line is damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
+            row = json.loads(line)
+            rows.append({"step": row["step"], **row})
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"line {number} of {path} is damaged: {line[:40]!r}; remove it to go on"
+                ) from error
     return rows
 
 

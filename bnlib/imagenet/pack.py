@@ -28,6 +28,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from bnlib.runs import write_atomically
 __all__ = ["main", "pack", "repacked"]
 
 RECORDS_PER_FILE = 1000
+UNREADABLE = 10  # files of a record file's images that cannot be opened, as when a disk is gone
 
 
 def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
@@ -112,15 +114,16 @@ def pack(
     verify
         Whether to read everything again afterwards and compare it with its checksums.
     progress
-        Whether to draw a progress bar.
+        Whether to draw a progress bar, in a terminal.
 
     Raises
     ------
     ValueError
-        If a number is out of range, or the destination was begun with other settings or another
-        source.
+        If a number is out of range, the destination is inside the images of the source, or it was
+        begun with other settings or another source.
     SourceError
-        If the source cannot be read, or verifying finds something else than was written.
+        If the source cannot be read, or no longer can be, or verifying finds something else than
+        was written.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if shorter_side < 1 or not 1 <= quality <= 100 or workers < 1:
@@ -129,8 +132,15 @@ def pack(
             "be at least 1, from 1 to 100, and at least 1"
         )
     opened = {split: open_source(location, split) for split in splits}
+    folders = {split: Path(destination).expanduser() / split for split in splits}
+    images = [Path(location).expanduser().resolve() / split for split in SPLITS]
+    if any(folder.resolve().is_relative_to(each) for folder in folders.values() for each in images):
+        raise ValueError(
+            f"{destination} lies in the images of {location}, where it would pass for classes or "
+            "take their place; choose another destination"
+        )
     for split, source in opened.items():
-        folder = Path(destination).expanduser() / split
+        folder = folders[split]
         settings = {"shorter_side": shorter_side, "quality": quality}
         _pack_split(source, folder, split, settings, workers, progress)
         if verify:
@@ -157,7 +167,9 @@ def _pack_split(
         range(first, min(first + RECORDS_PER_FILE, len(source)))
         for first in range(0, len(source), RECORDS_PER_FILE)
     ]
-    bar = tqdm(total=len(source), desc=f"packing {split}", unit="img", disable=not progress)
+    bar = tqdm(
+        total=len(source), desc=f"packing {split}", unit="img", disable=None if progress else True
+    )
     to_do = []
     for number, indices in enumerate(files):
         if _note_path(folder, number).exists():
@@ -251,11 +263,18 @@ def _write_file(
     entries: list[tuple[str, int, int]] = []
     damaged: dict[str, str] = {}
     records: list[bytes] = []
+    unreadable = 0
     for index in indices:
         try:
             data, label, name = source[index]
             record = repacked(data, name, **settings)
         except (DamagedImage, OSError) as error:
+            unreadable += isinstance(error, OSError)
+            if unreadable > UNREADABLE:
+                raise SourceError(
+                    f"{unreadable} images of {source.location} cannot be read: {error}; is it "
+                    "still there? Start again to go on"
+                ) from error
             damaged[source.name(index)] = getattr(error, "reason", str(error))
             continue
         records.append(record)
@@ -351,6 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{folder}: {len(PackedSource(folder))} images{note}")
     except (SourceError, ValueError, OSError) as error:
         print(f"pack: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print(
+            "pack: a worker was killed; is memory short? Start again with fewer --workers to go on",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("pack: interrupted; start it again to go on", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,9 +75,11 @@ class Processes:
                 self.mean(layer.running_var)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes, for hours if need be: the first may be unpacking archives."""
         if self.world > 1:
-            dist.barrier()
+            patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+            assert isinstance(patient, dist.ProcessGroup)
+            dist.barrier(patient)
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ def processes(device: str) -> Iterator[Processes]:
     Raises
     ------
     ValueError
-        If a GPU is asked for and there is none.
+        If there is no such device.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
@@ -102,8 +105,18 @@ def processes(device: str) -> Iterator[Processes]:
         raise ValueError(f"device is {device!r}, but torch finds no GPU here; use --device cpu")
     if device == "cuda":
         device = f"cuda:{local}"
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device is {device!r}; it must be auto, cpu, cuda, cuda:0 or another device of torch"
+        ) from error
     if place.type == "cuda":
+        if (place.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs here; start "
+                "at most one process for each"
+            )
         torch.cuda.set_device(place)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -27,7 +27,6 @@ __all__ = [
     "Evaluated",
     "Predictions",
     "accuracies",
-    "check_name",
     "read_probabilities",
     "record_accuracies",
     "record_probabilities",
@@ -74,18 +73,6 @@ class Predictions(NamedTuple):
     labels: Tensor
 
 
-def check_name(name: str) -> None:
-    """Refuse what cannot name a run.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be the name of a folder.
-    """
-    if name in ("", "..") or Path(name).name != name:
-        raise ValueError(f"{name!r} cannot name a run; give a name without slashes, such as 'six'")
-
-
 def record_accuracies(
     name: str,
     found: Sequence[Evaluated],
@@ -120,9 +107,8 @@ def record_accuracies(
     Raises
     ------
     ValueError
-        As :func:`check_name` does.
+        As :func:`bnlib.runs.check_name` does.
     """
-    check_name(name)
     scores = [row.accuracy for row in found]
     return runs.write(
         ACCURACIES,
@@ -215,7 +201,7 @@ def record_probabilities(
         If an image cannot be read: networks must be compared on the same images.
     """
     started, source = time.time(), open_source(data, "val")
-    network, recipe = load_network(run_folder)
+    network, recipe = load_network(run_folder, source)
     with processes(device) as group:
         found, labels, damaged = probabilities(
             network.to(group.device).to(memory_format=torch.channels_last),

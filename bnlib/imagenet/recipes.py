@@ -18,6 +18,7 @@ from typing import Any
 from bnlib.imagenet import fields
 from bnlib.imagenet.fields import option
 from bnlib.inception import BNInception
+from bnlib.runs import check_name
 
 __all__ = ["ENSEMBLE", "RECIPES", "Recipe", "add_arguments", "from_arguments", "recipe"]
 
@@ -145,6 +146,7 @@ class Recipe:
         "paper, Figure 3: Inception's steps to 72.2%, and section 4.2.2: BN-x30's to its maximum; "
         "reconstruction: the others train as long as the one of these two that they resemble",
         least=1,
+        below=10**9,  # the digits of a checkpoint's name
     )
     polyak: float = option(
         0.9999,
@@ -193,6 +195,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         fields.check(self)
+        check_name(self.name)
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other values.

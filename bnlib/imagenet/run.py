@@ -118,6 +118,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "started": self.started,
             "seconds": self.seconds,
+            "classes": self.source.classes,
         }
         try:
             checkpoint.save(self.out, state, self.settings.keep)
@@ -153,10 +154,16 @@ class Run:
                 f"the checkpoint in {self.out} is of another run:\n{listed}\n"
                 "Choose another --out, or go on from it all the same with --adapt"
             )
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"] or self.average.state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"] or self.average.state_dict())
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"the network in {self.out} has other layers, to which --adapt cannot adapt: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         for fresh, group in zip(
             weight_decay_on_weights(self.model, self.recipe.weight_decay),
             self.optimizer.param_groups,
@@ -167,6 +174,12 @@ class Run:
         self.seconds_before = state["seconds"]
         if self.group.first:
             _LOGGER.info("resumed at step %d of %d", self.step, self.recipe.steps)
+
+    def is_evaluated(self) -> bool:
+        """Whether the metrics have an evaluation of this step, or there is nothing to evaluate."""
+        rows = read_metrics(self.out / "metrics.jsonl")
+        done = not self.step or any(r["step"] == self.step and "evaluation" in r for r in rows)
+        return bool(self.group.greatest(torch.tensor(int(done), device=self.group.device)))
 
     def evaluate(self) -> Accuracy | None:
         """Accuracy on the held-out images, and ``network.pt``; training is left as it was.
@@ -218,7 +231,11 @@ class Run:
         result = score(group.sum(counts))
         if group.first:
             buffer = io.BytesIO()
-            state = {"recipe": self.recipe.to_json(), "step": self.step}
+            state = {
+                "recipe": self.recipe.to_json(),
+                "step": self.step,
+                "classes": self.source.classes,
+            }
             torch.save({**state, "model": network.state_dict()}, buffer)
             with _reported("network.pt"):
                 runs.write_atomically(self.out / "network.pt", buffer.getbuffer())

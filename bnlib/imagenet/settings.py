@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bnlib.imagenet import fields
 from bnlib.imagenet.batch_decode import CHOICES
 from bnlib.imagenet.fields import option
+from bnlib.runs import check_name
 
 __all__ = ["Settings"]
 
@@ -73,3 +74,4 @@ class Settings:
 
     def __post_init__(self) -> None:
         fields.check(self)
+        check_name(self.experiment)

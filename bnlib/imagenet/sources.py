@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,6 +68,15 @@ class FolderSource(Source):
                 f"no images in {folder}: looked for {folder}/<class>/* with the endings "
                 f"{', '.join(SUFFIXES)}; {len(found)} subfolders found"
             )
+        if lacking := sorted(set(self.classes) - {self.classes[label] for label in labels}):
+            _LOGGER.warning(
+                "%s has no images of %d of its %d classes: %s%s",
+                folder,
+                len(lacking),
+                len(self.classes),
+                ", ".join(lacking[:5]),
+                " ..." if len(lacking) > 5 else "",
+            )
         # One array, not a list: processes that share it do not copy it by counting references.
         self._names = np.array(names)
         self.labels = np.array(labels, dtype=np.int64)
@@ -84,7 +92,7 @@ class FolderSource(Source):
         return Example(data, int(self.labels[index]), name)
 
     def _sizes(self) -> Iterable[int]:
-        return (os.stat(f"{self.location}/{self.name(i)}").st_size for i in range(len(self)))
+        return (_size(f"{self.location}/{self.name(i)}") for i in range(len(self)))
 
 
 class PackedSource(Source):
@@ -111,7 +119,7 @@ class PackedSource(Source):
                 self._names, self.labels = index["names"], index["labels"]
                 self._files, self._offsets = index["files"], index["offsets"]
                 self._lengths = index["lengths"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy and zipfile raise nearly everything on damaged files
             raise SourceError(
                 f"{folder / 'index.npz'} is damaged ({error}); pack the data set again"
             ) from error
@@ -212,9 +220,7 @@ def open_source(location: str | Path, split: str) -> Source:
         if (root / split / "index.npz").exists():
             return PackedSource(root / split)
         if (root / split).is_dir() and _subfolders(root / split):
-            train = root / "train"
-            classes = _subfolders(train) if split == "val" and train.is_dir() else None
-            return FolderSource(root / split, classes)
+            return FolderSource(root / split, _trained(root) if split == "val" else None)
         if (root / ARCHIVES[split]).exists():
             _unpack(root, split)
             return open_source(root, split)
@@ -230,12 +236,27 @@ def open_source(location: str | Path, split: str) -> Source:
     )
 
 
+def _trained(root: Path) -> list[str] | None:
+    """The classes of the training set beside a validation set, if there is one."""
+    train = root / "train"
+    if (train / "index.npz").exists():
+        return PackedSource(train).classes
+    return (_subfolders(train) if train.is_dir() else None) or None
+
+
 def _subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
         raise SourceError(f"{folder} cannot be listed: {error.strerror}") from error
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # a link that leads nowhere; an image that cannot be read is skipped later
+        return -1
 
 
 def _images(folder: Path) -> list[str]:

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from bnlib.imagenet.examples import Source
+from bnlib.imagenet.checkpoint import alone
+from bnlib.imagenet.examples import Source, check_classes
 from bnlib.imagenet.loader import batches
 from bnlib.imagenet.metrics import Metrics
 from bnlib.imagenet.parallel import Processes, processes
@@ -74,16 +75,24 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
     Raises
     ------
     CheckpointError
-        If the checkpoint in ``out`` is of another recipe, data set or number of processes.
+        If the checkpoint in ``out`` is of another recipe, data set or number of processes, or
+        another process trains there.
     ValueError, SourceError, DamagedImage
         If recipe, settings and data do not fit each other or the machine.
     """
     out = Path(out)
-    with processes(settings.device) as group, _stop_signals() as stop:
+    with (
+        processes(settings.device) as group,
+        _stop_signals() as stop,
+        contextlib.ExitStack() as stack,
+    ):
         device = group.device
         source, held_out = _open(data, "train", group), _open(data, "val", group)
+        _check_classes(recipe, source, held_out, group)
         micro_batches = _micro_batches(recipe, settings, group)
 
+        if device.type == "cuda":  # all mini-batches have one shape: the search pays
+            torch.backends.cudnn.benchmark = True
         torch.manual_seed(recipe.seed)
         model: nn.Module = recipe.network(recompute=settings.recompute)
         model = model.to(device).to(memory_format=torch.channels_last)
@@ -91,7 +100,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             _check_fused(settings)
             fuse_norm_relu(model)
         if settings.sync_bn and group.world > 1:
-            _check_sync(recipe, device)
+            _check_sync(recipe, settings, device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         average = AveragedModel(model) if recipe.polyak else None
         optimizer = torch.optim.SGD(
@@ -100,6 +109,8 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             momentum=recipe.momentum,
         )
         run = Run(recipe, settings, group, out, source, held_out, model, average, optimizer)
+        if group.first:
+            stack.enter_context(alone(out))
         run.resume()
 
         network: nn.Module = model
@@ -126,8 +137,22 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         )
         sums, since = torch.zeros(2, device=device), (run.step, time.perf_counter())
         first_bad = torch.tensor(_NEVER, device=device)
+        evaluated = run.is_evaluated()  # or a kill came between a checkpoint and its evaluation
 
-        while run.step < recipe.steps:
+        while True:
+            ending = run.step >= recipe.steps
+            if not evaluated and (ending or _is_due(settings.eval_every, run.step)):
+                result = run.evaluate()
+                if result is None:
+                    return run.finish(f"diverged at step {run.step}", metrics, bar)
+                if metrics:
+                    metrics.write(run.step, evaluation=dataclasses.asdict(result))
+                    _LOGGER.info("step %d: held out: %s", run.step, result)
+                since = (since[0], since[1] + run.evaluation_s)
+            if ending:
+                return run.finish("finished", metrics, bar)
+            evaluated = False
+
             step, images, labels = next(stream)
             images = images.to(memory_format=torch.channels_last)
             seed_dropout(recipe, step, group.rank)
@@ -154,12 +179,12 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             bar.update()
 
             ending = run.step == recipe.steps
-            logging_now = run.step % settings.log_every == 0 or ending
-            saving_now = run.step % settings.save_every == 0 or ending
-            evaluating_now = ending or (
-                settings.eval_every > 0 and run.step % settings.eval_every == 0
+            logging_now = ending or _is_due(settings.log_every, run.step)
+            # before an evaluation too, as it takes long and may fail
+            saving_now = ending or any(
+                _is_due(every, run.step) for every in (settings.save_every, settings.eval_every)
             )
-            if logging_now or saving_now or evaluating_now:
+            if logging_now or saving_now:
                 worst = _diverged_at(first_bad, run)
                 if worst < _NEVER:
                     return run.finish(f"diverged at step {worst}", metrics, bar)
@@ -183,14 +208,6 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
                             *(run.step, recipe.steps, loss, 100 * right, speed),
                         )
                 sums, since = torch.zeros_like(sums), (run.step, time.perf_counter())
-            if evaluating_now:
-                result = run.evaluate()
-                if result is None:
-                    return run.finish(f"diverged at step {run.step}", metrics, bar)
-                if metrics:
-                    metrics.write(run.step, evaluation=dataclasses.asdict(result))
-                    _LOGGER.info("step %d: held out: %s", run.step, result)
-                since = (since[0], since[1] + run.evaluation_s)
             if saving_now:
                 run.save(must=ending)
             if group.any_soon(stop.requested, run.step) and not ending:
@@ -199,7 +216,10 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
                     return run.finish(f"diverged at step {worst}", metrics, bar)
                 run.save(must=True)
                 return run.finish(f"stopped at step {run.step}", metrics, bar)
-        return run.finish("finished", metrics, bar)
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _open(data: str | Path, split: str, group: Processes) -> Source:
@@ -207,6 +227,15 @@ def _open(data: str | Path, split: str, group: Processes) -> Source:
     source = open_source(data, split) if group.first else None
     group.barrier()
     return open_source(data, split) if source is None else source
+
+
+def _check_classes(recipe: Recipe, source: Source, held_out: Source, group: Processes) -> None:
+    check_classes(held_out, source.classes, source.location)
+    if len(source.classes) < recipe.num_classes and group.first:
+        _LOGGER.warning(
+            "%s has %d classes, the recipe %d; --num-classes %d would leave no output without use",
+            *(source.location, len(source.classes), recipe.num_classes, len(source.classes)),
+        )
 
 
 def _diverged_at(first_bad: Tensor, run: Run) -> int:
@@ -239,7 +268,12 @@ def _check_fused(settings: Settings) -> None:
             )
 
 
-def _check_sync(recipe: Recipe, device: torch.device) -> None:
+def _check_sync(recipe: Recipe, settings: Settings, device: torch.device) -> None:
+    if settings.recompute:
+        raise ValueError(
+            "sync_bn and recompute exclude each other: what is computed again would have the "
+            "statistics of one process. Leave --sync-bn or --recompute out"
+        )
     if device.type != "cuda":
         raise ValueError(
             f"sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is {device}. Leave "
