@@ -6,8 +6,8 @@ Three ways from files to float32 mini-batches of 32 are timed in turn, in one pr
 
 * ``torchvision``: ImageFolder with PIL, v2's RandomResizedCrop, RandomHorizontalFlip, ToImage,
   ToDtype, Normalize, and a DataLoader;
-* ``folder``: ``bnlib.imagenet.loader.batches`` on the same files;
-* ``packed``: the same on a copy that ``bnlib.imagenet.pack`` made with its default settings.
+* ``folder``: ``bnlib.imagenet.data.loader.batches`` on the same files;
+* ``packed``: the same on a copy that ``bnlib.imagenet.data.pack`` made with its default settings.
 
 Crops are drawn from the same distribution in all three; photometric distortions are off, as
 torchvision has none here, and are then timed in ours. Without --data the photographs are made from
@@ -34,11 +34,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from bnlib.imagenet.decode import decode, decoder
-from bnlib.imagenet.loader import batches
-from bnlib.imagenet.pack import pack
+from bnlib.imagenet.data.decode import decode, decoder
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.loader import batches
+from bnlib.imagenet.data.pack import pack
 from bnlib.imagenet.recipes import recipe
-from bnlib.imagenet.sources import open_source
 
 BATCH = 32
 

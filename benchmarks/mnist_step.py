@@ -7,7 +7,7 @@ input (60 x 784, three hidden layers of 100):
 
 * ``plain``: the loop a user would write for one network: nn.Linear, nn.BatchNorm1d, nn.Sigmoid,
   cross_entropy, backward(), torch.optim.SGD;
-* ``ours``: ``bnlib.replicas`` for all seeds at once;
+* ``ours``: ``bnlib.mnist.replicas`` for all seeds at once;
 * ``matmul``: the bare matrix products of ours, written over preallocated memory and nothing else.
 
 Fetching the mini-batch counts for ``plain`` and ``ours``. Printed are medians of the ratios of
@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from bnlib.replicas import Replicas
+from bnlib.mnist.replicas import Replicas
 
 BATCH, SIZES, STEPS = 60, (784, 100, 100, 100, 10), 10
 

@@ -20,9 +20,9 @@ diverged, which is recorded as a result (torchrun makes 1 of it)
 
 def _train(argv: list[str]) -> int:
     from bnlib.imagenet import ENSEMBLE, RECIPES, fields, recipe
+    from bnlib.imagenet.options import Settings
     from bnlib.imagenet.recipes import add_arguments, from_arguments
-    from bnlib.imagenet.settings import Settings
-    from bnlib.imagenet.train import train
+    from bnlib.imagenet.training.loop import train
 
     parser = argparse.ArgumentParser(
         "python -m bnlib train",
@@ -66,7 +66,7 @@ def _names() -> str:
 
 
 def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
-    from bnlib.imagenet.crops import CROPS
+    from bnlib.imagenet.evaluation.crops import CROPS
 
     parser.add_argument("--data", required=True, help="as for training; its val/ part is used")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
@@ -112,10 +112,10 @@ def _ensemble(argv: list[str]) -> int:
 def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
     import torch
 
-    from bnlib.imagenet.evaluate import ensemble, load_network, probabilities
-    from bnlib.imagenet.parallel import processes
-    from bnlib.imagenet.predictions import ACCURACIES, Evaluated, record_accuracies
-    from bnlib.imagenet.sources import open_source
+    from bnlib.imagenet.data.folders import open_source
+    from bnlib.imagenet.evaluation.accuracy import ensemble, load_network, probabilities
+    from bnlib.imagenet.evaluation.predictions import ACCURACIES, Evaluated, record_accuracies
+    from bnlib.imagenet.processes import processes
     from bnlib.runs import check_name
 
     # What is wrong is found before hours of work.
@@ -162,7 +162,7 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
 
 
 def _pack(argv: list[str]) -> int:
-    from bnlib.imagenet import pack
+    from bnlib.imagenet.data import pack
 
     return pack.main(argv) or FINISHED
 

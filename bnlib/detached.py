@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnlib._channels import center, check_input
+from bnlib._core.channels import center, check_input
 from bnlib.whitening import whitening_matrix
 
 __all__ = ["KINDS", "Norm", "SplitGradient", "live", "norm", "split_gradient"]
@@ -121,7 +121,7 @@ class Norm(nn.Module):
         its own statistics, taken as constants; with None, the first mini-batch serves for ever,
         which is frozen batch normalization.
     replicas
-        ``S`` networks side by side, as in :mod:`bnlib.stacks`: the activations are ``(m, S * d)``
+        ``S`` networks side by side, as in :mod:`bnlib.mnist.stacks`: the activations are ``(m, S * d)``
         and each group of d is whitened for itself. A group that is no longer finite stays so.
 
     Raises

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib._autograd import InferenceTransform, TrainingTransform
-from bnlib._channels import (
+from bnlib._core.autograd import InferenceTransform, TrainingTransform
+from bnlib._core.channels import (
     batch_axes,
     center,
     check_eps,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlib._channels import check_eps, check_input, count
+from bnlib._core.channels import check_eps, check_input, count
 from bnlib.functional import batch_norm_inference, batch_norm_with_statistics
 
 __all__ = ["BatchNorm", "PerActivationBatchNorm"]

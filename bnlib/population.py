@@ -1,7 +1,7 @@
 """Algorithm 2: the statistics of the population, for a network that is trained.
 
 :func:`fold_batch_norm`, which makes batch normalization vanish once they are known, is defined in
-``bnlib._fold``.
+``bnlib.folding``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlib._fold import fold_batch_norm
+from bnlib.folding import fold_batch_norm
 
 __all__ = ["fold_batch_norm", "population_statistics"]
 

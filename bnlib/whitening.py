@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib._channels import center, check_input
+from bnlib._core.channels import center, check_input
 
 __all__ = ["METHODS", "Whitening", "whiten", "whitening_matrix"]
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnlib.imagenet.batch_decode import is_chosen
-from bnlib.imagenet.decode import decoder
-from bnlib.imagenet.loader import batches
-from bnlib.imagenet.pack import pack
+from bnlib.imagenet.data.batch_decode import is_chosen
+from bnlib.imagenet.data.decode import decoder
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.loader import batches
+from bnlib.imagenet.data.pack import pack
 from bnlib.imagenet.recipes import recipe
-from bnlib.imagenet.sources import open_source
 
 WORKERS = os.cpu_count() or 1
 

@@ -34,14 +34,14 @@ import torch
 
 from bnlib import runs
 from bnlib.imagenet import fields
-from bnlib.imagenet.crops import CROPS
-from bnlib.imagenet.examples import SourceError
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.source import SourceError
+from bnlib.imagenet.evaluation.crops import CROPS
+from bnlib.imagenet.evaluation.predictions import record_probabilities, run_name
 from bnlib.imagenet.fields import option
-from bnlib.imagenet.predictions import record_probabilities, run_name
+from bnlib.imagenet.options import Settings
 from bnlib.imagenet.recipes import ENSEMBLE, RECIPES, Recipe
-from bnlib.imagenet.settings import Settings
-from bnlib.imagenet.sources import open_source
-from bnlib.imagenet.train import train
+from bnlib.imagenet.training.loop import train
 
 __all__ = ["ABLATION", "Miniature", "prepare"]
 

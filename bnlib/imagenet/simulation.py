@@ -1,4 +1,4 @@
-"""The training of :mod:`bnlib.imagenet.train` as several processes do it, computed by one.
+"""The training of :mod:`bnlib.imagenet.training.loop` as several processes do it, computed by one.
 
 With two replicas on CPUs the simulation has every bit of the real run.  With more, gradients are
 equal up to the order in which their ``N`` numbers are added: here from replica 0 upwards, among
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from bnlib.imagenet.loader import batches
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.recipes import Recipe
-from bnlib.imagenet.run import weight_decay_on_weights
 from bnlib.imagenet.scale import SynchronousReplicas, population_over_replicas
-from bnlib.imagenet.sources import open_source
-from bnlib.imagenet.step import follow, loss_of, seed_dropout
+from bnlib.imagenet.training.state import weight_decay_on_weights
+from bnlib.imagenet.training.step import follow, loss_of, seed_dropout
 
 __all__ = ["Simulation", "simulate"]
 
@@ -63,7 +63,7 @@ def simulate(
     recipe
         What to train; its mini-batch is shared among the replicas.
     data
-        Where the images are, for :func:`bnlib.imagenet.sources.open_source`.
+        Where the images are, for :func:`bnlib.imagenet.data.folders.open_source`.
     replicas
         How many.
     statistics_batches

@@ -1,0 +1,1 @@
+"""What the transform and its layers stand on: argument checks, autograd functions, kernels."""

@@ -1,0 +1,1 @@
+"""Where the images come from, and the mini-batches that they become."""

@@ -1,0 +1,186 @@
+"""How far a network's probabilities can be believed: calibration, proper scores, temperature.
+
+A network is calibrated if, of the images to which it gives its first class with a probability of
+80 %, it has 80 % right. Every probability tensor is (n, classes), a row an image, each row summing
+to one; labels are int64 (n,).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnlib.imagenet.evaluation.ensembles import SMALLEST
+
+__all__ = [
+    "Reliability",
+    "brier_score",
+    "expected_calibration_error",
+    "fit_temperature",
+    "log_losses",
+    "reliability",
+    "with_temperature",
+]
+
+
+_COLDEST, _HOTTEST = 0.01, 100.0
+
+
+class Reliability(NamedTuple):
+    """Images in bins of confidence, the probability of the most probable class.
+
+    Attributes
+    ----------
+    confidence
+        Mean confidence of each bin, float64 (bins,).
+    accuracy
+        Fraction of each bin's images whose most probable class is the right one, float64 (bins,).
+    images
+        Images of each bin, int64 (bins,).
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    images: Tensor
+
+
+def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities as float64."""
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
+        raise ValueError(
+            f"probabilities have the shape {tuple(probabilities.shape)} and labels "
+            f"{tuple(labels.shape)}; (n, classes) and (n,) with at least one image are needed"
+        )
+    return probabilities.double()
+
+
+def log_losses(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The log loss of every image, minus the logarithm of the right class's probability.
+
+    Their mean is the cross-entropy, or negative log-likelihood.
+
+    Returns
+    -------
+    torch.Tensor
+        Nats, float64 (n,); a probability below ``1e-12`` counts as ``1e-12``.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or there is no image.
+    """
+    right = _checked(probabilities, labels).gather(1, labels[:, None])[:, 0]
+    return -right.clamp_min(SMALLEST).log()
+
+
+def brier_score(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities from the right answer (Brier, 1950).
+
+    .. math:: \\frac{1}{n} \\sum_i \\sum_k (p_{ik} - [y_i = k])^2
+
+    From 0, certain and right, to 2, certain and wrong.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or there is no image.
+    """
+    probabilities = _checked(probabilities, labels)
+    right = torch.nn.functional.one_hot(labels, probabilities.shape[1])
+    return float((probabilities - right).square().sum(1).mean())
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
+    """Confidence and accuracy in bins that hold equally many images (up to one).
+
+    Bins of equal width, as in Guo et al. (2017), leave some with hardly an image; with bins of
+    equal mass (Nixon et al., 2019) every point of the curve is equally sure.
+
+    Parameters
+    ----------
+    probabilities, labels
+        (n, classes) and int64 (n,).
+    bins
+        How many; from 1 to n.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, there is no image, or ``bins`` is out of range.
+    """
+    confidence, first = _checked(probabilities, labels).max(1)
+    if not 1 <= bins <= len(labels):
+        raise ValueError(f"bins is {bins}; with {len(labels)} images it must be 1 to {len(labels)}")
+    order = confidence.argsort(stable=True)
+    right = (first == labels).double()
+    parts = order.tensor_split(bins)
+    return Reliability(
+        torch.stack([confidence[part].mean() for part in parts]),
+        torch.stack([right[part].mean() for part in parts]),
+        torch.tensor([len(part) for part in parts]),
+    )
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """How far confidence is from accuracy, mean over images by bins (Naeini et al., 2015).
+
+    .. math:: \\mathrm{ECE} = \\sum_b \\frac{n_b}{n} \\, | \\mathrm{acc}_b - \\mathrm{conf}_b |
+
+    with the bins of :func:`reliability`. It is above zero even for a calibrated network, as each
+    bin has finitely many images.
+
+    Raises
+    ------
+    ValueError
+        As :func:`reliability` does.
+    """
+    found = reliability(probabilities, labels, bins)
+    gaps = (found.accuracy - found.confidence).abs()
+    return float((gaps * found.images).sum() / found.images.sum())
+
+
+def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+    """Probabilities after the logits have been divided by a temperature (Guo et al., 2017).
+
+    .. math:: p_k \\mapsto p_k^{1/T} / \\textstyle\\sum_j p_j^{1/T}
+
+    Above 1 it makes less sure, below 1 more; the order of the classes stays.
+
+    Raises
+    ------
+    ValueError
+        If the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    return (probabilities.clamp_min(SMALLEST).log() / temperature).softmax(1)
+
+
+def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature with the smallest mean log loss (Guo et al., 2017).
+
+    The loss is convex in :math:`\\beta = 1/T`; its derivative is the mean over images of the
+    expectation of :math:`\\log p` under :math:`p^\\beta` less :math:`\\log p` of the right class,
+    and the temperature is where it changes its sign. Fit it on other images than those that it is
+    judged on.
+
+    Returns
+    -------
+    float
+        From 0.01 to 100, even if the loss falls beyond.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or there is no image.
+    """
+    logs = _checked(probabilities, labels).clamp_min(SMALLEST).log()
+    right = logs.gather(1, labels[:, None])[:, 0]
+    low, high = 1 / _HOTTEST, 1 / _COLDEST
+    for _ in range(60):
+        beta = (low * high) ** 0.5
+        slope = ((beta * logs).softmax(1) * logs).sum(1).mean() - right.mean()
+        low, high = (beta, high) if slope < 0 else (low, beta)
+    return (low * high) ** -0.5

@@ -1,0 +1,48 @@
+"""Pieces of one training step that the loop (:mod:`bnlib.imagenet.training.loop`) and its simulation
+(:mod:`bnlib.imagenet.simulation`) share, so that they cannot differ in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bnlib.imagenet.recipes import Recipe
+from bnlib.inception.architecture import WithAuxiliary
+
+__all__ = ["follow", "loss_of", "seed_dropout"]
+
+
+def seed_dropout(recipe: Recipe, step: int, rank: int) -> None:
+    """Seed torch's generator: which features are dropped depends on the step and the process."""
+    torch.manual_seed(((recipe.seed * 1_000_003 + step) * 4096 + rank) % 2**63)
+
+
+def loss_of(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
+    """Logits and mean cross-entropy in nats, the auxiliary classifier's added with its weight.
+
+    Parameters
+    ----------
+    output
+        What the network returned: logits (m, classes), or those of both classifiers.
+    targets
+        int64 (m,).
+    aux_weight
+        Weight of the auxiliary classifier's loss.
+    """
+    if isinstance(output, WithAuxiliary):
+        auxiliary = cross_entropy(output.auxiliary.float(), targets)
+        return output.logits, cross_entropy(output.logits.float(), targets) + aux_weight * auxiliary
+    return output, cross_entropy(output.float(), targets)
+
+
+def follow(average: AveragedModel, model: nn.Module, polyak: float, step: int) -> None:
+    """Move the averaged weights towards those after step ``step``, counted from 0.
+
+    At the start they follow faster, or they would stay near the initial weights.
+    """
+    average.multi_avg_fn = get_ema_multi_avg_fn(min(polyak, (1 + step) / (10 + step)))
+    average.update_parameters(model)

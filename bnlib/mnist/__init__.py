@@ -1,0 +1,23 @@
+"""The experiment of section 4.1: digits, many small networks at once, training, recordings."""
+
+from bnlib.mnist.experiment import (
+    PERCENTILES,
+    Figure1,
+    History,
+    Replica,
+    both,
+    grid,
+    mini_batches,
+    train,
+)
+
+__all__ = [
+    "PERCENTILES",
+    "Figure1",
+    "History",
+    "Replica",
+    "both",
+    "grid",
+    "mini_batches",
+    "train",
+]

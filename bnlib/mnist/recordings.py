@@ -1,0 +1,183 @@
+"""The recorded runs behind chapter 10: which settings, and how they are written down.
+
+Record them again (about an hour on two cores, with MNIST under ``$BNLIB_DATA``)::
+
+    python -m bnlib.mnist.recordings sweep figure threshold
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from bnlib import runs
+from bnlib.mnist.experiment import PERCENTILES, Figure1, History, Replica, grid, train
+
+EXPERIMENT = "mnist-figure1"
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+WEIGHT_STDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+THRESHOLDS = (0.0, 0.25, 0.75)
+BOTH = (True, False)  # with and without normalization
+#: Two points of the sweep. ``slow`` is where the curves have the shape of the paper's Figure 1a;
+#: ``best`` is where the network *without* normalization ends highest.
+SETTINGS = {
+    "slow": {"learning_rate": 0.03, "weight_std": 0.1},
+    "best": {"learning_rate": 3.0, "weight_std": 0.3},
+}
+
+
+def network_name(normalize: bool) -> str:
+    """``bn`` or ``plain``: how a recorded run's name tells the two networks apart."""
+    return "bn" if normalize else "plain"
+
+
+def configured(config: Figure1, setting: str, normalize: bool) -> Figure1:
+    """The configuration with one of :data:`SETTINGS` and one of the two networks chosen.
+
+    Raises
+    ------
+    ValueError
+        For an unknown setting.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting must be one of {', '.join(SETTINGS)}; got {setting!r}")
+    chosen = SETTINGS[setting]
+    return replace(
+        config,
+        normalize=normalize,
+        learning_rate=chosen["learning_rate"],
+        weight_std=chosen["weight_std"],
+    )
+
+
+def record_sweep(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
+    """Both networks, one seed, at every pair of learning rate and weight deviation."""
+    config = replace(config, evaluate_every=max(1, config.steps // 20))
+    replicas = grid(LEARNING_RATES, WEIGHT_STDS, config.seeds[0])
+    for normalize in networks:
+        name = f"sweep-{network_name(normalize)}"
+        _record(replace(config, normalize=normalize), {name: _curves}, root, replicas)
+
+
+def record_figure(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
+    """Figure 1 itself: both networks, every seed, in both settings, and every unit of one seed."""
+    for setting in SETTINGS:
+        for normalize in networks:
+            name = f"{setting}-{network_name(normalize)}"
+            tables = {name: _curves_and_percentiles, f"units-{name}": _units}
+            _record(configured(config, setting, normalize), tables, root)
+
+
+def record_threshold(
+    config: Figure1, root: Path | None = None, networks: Sequence[bool] = BOTH
+) -> None:
+    """Both networks, three seeds, in both settings, at other binarization thresholds."""
+    config = replace(config, seeds=config.seeds[:3], evaluate_every=max(1, config.steps // 20))
+    for setting in SETTINGS:
+        for threshold in THRESHOLDS:
+            for normalize in networks:
+                name = f"threshold-{setting}-{threshold:g}-{network_name(normalize)}"
+                chosen = replace(configured(config, setting, normalize), threshold=threshold)
+                _record(chosen, {name: _curves}, root)
+
+
+def _record(
+    config: Figure1,
+    tables: Mapping[str, Callable[[History], dict[str, np.ndarray]]],
+    root: Path | None,
+    replicas: list[Replica] | None = None,
+) -> None:
+    """Train once, and write each of ``tables`` as a run of its own."""
+    print(*tables, flush=True)
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    history = train(config, replicas, progress=True)
+    for name, table in tables.items():
+        runs.write(
+            EXPERIMENT,
+            name,
+            table(history),
+            configuration={
+                **asdict(config),
+                "replicas": [asdict(replica) for replica in history.replicas],
+            },
+            seed=sorted({replica.seed for replica in history.replicas}),
+            dataset=history.dataset,
+            started=started,
+            duration_s=time.perf_counter() - clock,
+            root=root,
+        )
+
+
+def _curves(history: History) -> dict[str, np.ndarray]:
+    """One row for each replica and evaluation."""
+    replicas, count = history.replicas, len(history.steps)
+    return {
+        "seed": np.repeat([replica.seed for replica in replicas], count),
+        "learning_rate": np.repeat([replica.learning_rate for replica in replicas], count),
+        "weight_std": np.repeat([replica.weight_std for replica in replicas], count),
+        "step": np.tile(history.steps, len(replicas)),
+        "test_accuracy": history.test_accuracy.ravel(),
+        "test_accuracy_batch": history.test_accuracy_batch.ravel(),
+        "train_loss_nats": history.train_loss.ravel(),
+    }
+
+
+def _curves_and_percentiles(history: History) -> dict[str, np.ndarray]:
+    """The curves, and the percentiles of each replica's typical sigmoid."""
+    columns = _curves(history)
+    units = [history.typical_unit(index) for index in range(len(history.replicas))]
+    columns["unit"] = np.repeat(units, len(history.steps))
+    for rank, percentile in enumerate(PERCENTILES):
+        columns[f"p{percentile}"] = np.concatenate(
+            [history.percentiles[index, :, rank, unit] for index, unit in enumerate(units)]
+        )
+    return columns
+
+
+def _units(history: History) -> dict[str, np.ndarray]:
+    """One row for each unit of the first replica, at every fifth evaluation."""
+    steps, percentiles = history.steps[::5], history.percentiles[0, ::5]
+    units = percentiles.shape[2]
+    columns: dict[str, np.ndarray] = {
+        "unit": np.repeat(np.arange(units), len(steps)),
+        "step": np.tile(steps, units),
+    }
+    for rank, percentile in enumerate(PERCENTILES):
+        columns[f"p{percentile}"] = percentiles[:, rank].T.ravel()
+    return columns
+
+
+RECORDINGS = {
+    "sweep": record_sweep,
+    "figure": record_figure,
+    "threshold": record_threshold,
+}
+
+
+def main() -> None:
+    """The command line: ``python -m bnlib.mnist.recordings sweep figure threshold``."""
+    parser = argparse.ArgumentParser(description="Record the runs of chapter 10.")
+    parser.add_argument("what", nargs="+", choices=RECORDINGS, help="which runs to record")
+    parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
+    parser.add_argument("--network", choices=("bn", "plain"), help="only one of the two")
+    parser.add_argument("--steps", type=int, default=Figure1.steps, help="training steps")
+    parser.add_argument("--root", type=Path, default=None, help="folder to record into")
+    arguments = parser.parse_args()
+    config = Figure1(dataset=arguments.dataset, steps=arguments.steps)
+    networks = [each for each in BOTH if arguments.network in (None, network_name(each))]
+    for what in arguments.what:
+        RECORDINGS[what](config, arguments.root, networks)
+
+
+if __name__ == "__main__":
+    main()

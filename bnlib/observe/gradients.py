@@ -1,0 +1,344 @@
+"""What comes back through a network: gradients, Jacobians, and covariate shift as gradients see it.
+
+Everything here leaves the model as it was: parameters, buffers, ``.grad`` and the random-number
+state are as before when a function returns, and no hook stays.
+
+The paper defines internal covariate shift through distributions. :func:`gradient_shift` is the
+later definition of Santurkar et al. (2018), which asks what the layer that learns would notice:
+how much its own gradient changes when the layers before it take their step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from bnlib.observe.recorder import find_layers, first_tensor
+
+__all__ = [
+    "GradientShift",
+    "activation_gradients",
+    "gradient_norms",
+    "gradient_shift",
+    "layer_jacobian",
+    "snapshot",
+    "trainable_parameters",
+]
+
+
+def trainable_parameters(
+    model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module] | None = None
+) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of each layer, in the order of the layers.
+
+    Parameters
+    ----------
+    model, layers
+        As in :func:`bnlib.observe.find_layers`; without ``layers``, each module's own parameters.
+
+    Raises
+    ------
+    ValueError
+        If a layer that was named has none.
+    """
+    groups = {
+        name: [p for p in module.parameters(recurse=layers is not None) if p.requires_grad]
+        for name, module in find_layers(model, layers).items()
+    }
+    empty = [name for name, group in groups.items() if not group]
+    if empty and layers is not None:
+        raise ValueError(f"layer {empty[0]!r} has no trainable parameter; name layers that have")
+    return {name: group for name, group in groups.items() if group}
+
+
+def gradient_norms(
+    loss: Tensor,
+    model: nn.Module,
+    layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+) -> dict[str, float]:
+    """The norm of the loss's gradient with respect to each layer's parameters.
+
+    Parameters
+    ----------
+    loss
+        A scalar with a graph; the graph is kept, and ``.grad`` is not touched, so
+        ``loss.backward()`` may follow.
+    model, layers
+        As in :func:`bnlib.observe.find_layers`. A layer's parameters include those of the modules
+        inside it.
+
+    Returns
+    -------
+    dict
+        From layer name to the Euclidean norm over all its trainable parameters; 0 where the loss
+        does not depend on them.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no trainable parameter or the loss is not a scalar.
+    """
+    if loss.numel() != 1:
+        raise ValueError(f"loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean")
+    groups = trainable_parameters(model, layers)
+    unique = list({id(p): p for group in groups.values() for p in group}.values())
+    grads = torch.autograd.grad(
+        loss, unique, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    squares = {id(p): g.double().square().sum() for p, g in zip(unique, grads, strict=True)}
+    return {
+        name: float(torch.stack([squares[id(p)] for p in group]).sum().sqrt())
+        for name, group in groups.items()
+    }
+
+
+def activation_gradients(
+    model: nn.Module,
+    layers: str | nn.Module | Sequence[str | nn.Module],
+    loss: Callable[[], Tensor],
+) -> dict[str, list[Tensor]]:
+    """The gradient of the loss with respect to what each layer puts out.
+
+    Parameters
+    ----------
+    model, layers
+        As in :class:`bnlib.observe.ActivationRecorder`.
+    loss
+        Runs the model and returns the scalar loss. It is called once, as the caller would.
+
+    Returns
+    -------
+    dict
+        From layer name to one gradient per call of the layer, each of the output's shape
+        (for an output of several tensors, its first). Zero where the loss does not depend on it.
+
+    Raises
+    ------
+    ValueError
+        If an output has no gradient, as under ``torch.no_grad``, or a layer was not called.
+    """
+    modules = find_layers(model, layers)
+    edges: dict[str, list[Any]] = {name: [] for name in modules}
+    shapes: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is None or not tensor.requires_grad:
+                raise ValueError(f"the output of layer {name!r} carries no gradient")
+            # The edge, not the tensor: a following layer may overwrite the tensor in place.
+            edges[name].append(get_gradient_edge(tensor))
+            shapes[name].append(tensor.detach())
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        value = loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [name for name, calls in edges.items() if not calls]
+    if idle:
+        raise ValueError(f"the loss was computed without calling layer {idle[0]!r}")
+    flat = [edge for calls in edges.values() for edge in calls]
+    likes = [like for calls in shapes.values() for like in calls]
+    grads = torch.autograd.grad(value, flat, allow_unused=True)
+    filled = iter(
+        torch.zeros_like(like) if grad is None else grad
+        for grad, like in zip(grads, likes, strict=True)
+    )
+    return {name: [next(filled) for _ in calls] for name, calls in edges.items()}
+
+
+def _random_state_kept(tensors: Sequence[Tensor]) -> Any:
+    return torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"})
+
+
+def layer_jacobian(module: nn.Module, x: Tensor, index: int = 0) -> Tensor:
+    """The Jacobian of a module's output with respect to its input, for one example of a batch.
+
+    The other examples stand still. In training mode a batch-normalized module sees the batch
+    through its statistics, which move with the example; in evaluation mode they are fixed.
+
+    Parameters
+    ----------
+    module
+        A layer or a stack of layers, from one tensor to one tensor, examples along the first axis.
+    x
+        ``(N, ...)``, floating point; N may be 1.
+    index
+        Which example.
+
+    Returns
+    -------
+    Tensor
+        ``(outputs, inputs)``, both flattened. ``torch.linalg.svdvals`` gives what section 3.3 of
+        the paper speaks of.
+
+    Raises
+    ------
+    ValueError
+        If ``index`` is no example of ``x``.
+    TypeError
+        If ``x`` is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point to be differentiated, got {x.dtype}")
+    if x.ndim < 2 or not -len(x) <= index < len(x):
+        raise ValueError(
+            f"x must be a batch (N, ...) that holds example {index}; its shape is {tuple(x.shape)}"
+        )
+    x = x.detach()
+    # Copies, so that running averages are not moved by looking.
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.enable_grad(), _random_state_kept([x]):
+        example = x[index].clone().requires_grad_()
+        batch = torch.cat([x[:index], example.unsqueeze(0), x[index % len(x) + 1 :]])
+        y = torch.func.functional_call(module, buffers, (batch,))[index].flatten()
+        # Row by row: torch.func would refuse layers whose derivative is written by hand.
+        rows = [
+            torch.autograd.grad(
+                output, example, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            for output in y
+        ]
+    return torch.stack(rows).flatten(1)
+
+
+class GradientShift(NamedTuple):
+    """How one layer's gradient changed when the layers before it moved.
+
+    Attributes
+    ----------
+    distance
+        ``|G - G'|``, Euclidean, in the unit of the gradient.
+    cosine
+        The cosine of the angle between ``G`` and ``G'``: 1 where the direction stays, 0 where a
+        right angle opens; NaN where a gradient is zero.
+    norm
+        ``|G|``, before the earlier layers moved.
+    """
+
+    distance: float
+    cosine: float
+    norm: float
+
+    @property
+    def relative(self) -> float:
+        """The distance as a fraction of ``|G|``; NaN where that is zero."""
+        return self.distance / self.norm if self.norm else float("nan")
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters, by name, for :func:`gradient_shift`."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def gradient_shift(
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    loss: Callable[[], Tensor],
+    layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+) -> dict[str, GradientShift]:
+    """How much each layer's gradient changes when only the layers before it take their step.
+
+    Parameters
+    ----------
+    model
+        Any module. Its parameters, buffers, ``.grad`` and the random-number state are as before
+        when this returns.
+    before, after
+        Its parameters before and after the step, from :func:`snapshot`.
+    loss
+        Runs the model on one fixed mini-batch and returns the scalar loss. It is called once for
+        each layer and once more, always from the same random-number state, so that dropout draws
+        the same mask.
+    layers
+        Names or modules, ordered from the input to the output, none inside another; by default
+        every module with trainable parameters of its own, in the order of their definition.
+        Parameters of no such layer keep their values from before the step.
+
+    Returns
+    -------
+    dict
+        From layer name to its :class:`GradientShift`. The first layer has no earlier layers: its
+        distance is 0 and its cosine 1.
+
+    Raises
+    ------
+    ValueError
+        If a snapshot does not fit the model, a layer is unknown or has no trainable parameter,
+        or two layers share a parameter.
+
+    Notes
+    -----
+    S. Santurkar, D. Tsipras, A. Ilyas, A. Madry, "How does batch normalization help
+    optimization?", NeurIPS 2018, definition 2.1.
+    """
+    parameters = dict(model.named_parameters())
+    for which, values in (("before", before), ("after", after)):
+        wrong = [n for n, p in parameters.items() if n not in values or values[n].shape != p.shape]
+        if wrong:
+            raise ValueError(
+                f"{which} does not fit the model at parameter {wrong[0]!r}; take it with "
+                "snapshot(model)"
+            )
+    groups = trainable_parameters(model, layers)
+    names = {id(p): name for name, p in parameters.items()}
+    members = [id(p) for group in groups.values() for p in group]
+    twice = [names[i] for i in dict.fromkeys(members) if members.count(i) > 1]
+    if twice:
+        raise ValueError(
+            f"two of the layers share the parameter {twice[0]!r}, so neither comes before the "
+            "other; name layers that do not overlap"
+        )
+    every = [p for group in groups.values() for p in group]
+    shifts: dict[str, GradientShift] = {}
+    with _left_as_found(model):
+        _assign(parameters, before)
+        at_start = iter(_gradient(loss, every))
+        for layer, group in groups.items():
+            g = torch.cat([next(at_start).flatten() for _ in group])
+            if not shifts:
+                g_moved = g
+            else:
+                g_moved = torch.cat([grad.flatten() for grad in _gradient(loss, group)])
+            shifts[layer] = _compare(g, g_moved)
+            # From here on this layer is one of the earlier ones.
+            _assign({names[id(p)]: p for p in group}, after)
+    return shifts
+
+
+def _compare(g: Tensor, moved: Tensor) -> GradientShift:
+    g, moved = g.double(), moved.double()
+    norms = float(g.norm() * moved.norm())
+    cosine = min(1.0, float(g @ moved) / norms) if norms else float("nan")
+    return GradientShift(float((g - moved).norm()), cosine, float(g.norm()))
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _gradient(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+    with _random_state_kept(parameters), torch.enable_grad():
+        return torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        yield
+    finally:
+        _assign(tensors, copies)

@@ -1,0 +1,294 @@
+"""What happens inside a network, observed without changing it.
+
+:class:`ActivationRecorder` keeps statistics of what flows in or out of chosen layers of any
+``torch.nn.Module``. What comes back through the network is in :mod:`bnlib.observe.gradients`; functions of
+a sample alone are in :mod:`bnlib.observe.distributions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bnlib.observe.distributions import Moments, moments, percentiles
+
+__all__ = [
+    "ActivationRecorder",
+    "Record",
+    "find_layers",
+    "first_tensor",
+]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Statistics of one call of one layer, on the CPU, detached.
+
+    Attributes
+    ----------
+    shape
+        Shape of the recorded tensor.
+    percentiles
+        ``(P, units)``, or ``(P,)`` when the recorder pools the units.
+    moments
+        Mean, standard deviation, skewness, excess kurtosis; each ``(units,)`` or a scalar.
+    histogram
+        Counts, int64, ``(bins, units)`` or ``(bins,)``; None unless bin edges were given.
+    samples
+        ``(n, units)`` or ``(n,)``, a copy of the values; None unless asked for.
+    """
+
+    shape: tuple[int, ...]
+    percentiles: Tensor
+    moments: Moments
+    histogram: Tensor | None = None
+    samples: Tensor | None = None
+
+
+def find_layers(
+    model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """Resolve layers, given by name or as modules, to names and modules.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    layers
+        One or several; None for every module that has parameters of its own. The model itself
+        has the name ``""``.
+
+    Returns
+    -------
+    dict
+        From name to module, in the order given. A module that stands in the model under several
+        names has, when given as a module, the first of them.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or a module that is not part of the model; lists the known names.
+    TypeError
+        For anything that is neither a name nor a module.
+    """
+    known = dict(model.named_modules(remove_duplicate=False))
+    if layers is None:
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        }
+    found: dict[str, nn.Module] = {}
+    for layer in [layers] if isinstance(layers, str | nn.Module) else layers:
+        if isinstance(layer, str):
+            name: str | None = layer if layer in known else None
+        elif isinstance(layer, nn.Module):
+            name = next((n for n, module in known.items() if module is layer), None)
+        else:
+            raise TypeError(f"a layer is a name or a module, got {type(layer).__name__}: {layer!r}")
+        if name is None:
+            asked = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
+            raise ValueError(f"the model has no layer {asked}; its layers: {_listed(known)}")
+        found[name] = known[name]
+    if not found:
+        raise ValueError(f"layers names no layer; the model's layers: {_listed(known)}")
+    return found
+
+
+def _listed(names: Mapping[str, nn.Module], most: int = 40) -> str:
+    shown = [repr(name) for name in list(names)[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class ActivationRecorder:
+    """Keeps statistics of every call of chosen layers, until it is removed.
+
+    Use it as a context manager::
+
+        with ActivationRecorder(model, ["hidden.2"]) as recorder:
+            model(x)
+        recorder["hidden.2"][0].percentiles  # (3, units), of the first call
+
+    Parameters
+    ----------
+    model
+        Any module. It must call the layers as modules: a layer that the model bypasses
+        (``self.layer.weight @ x``) leaves no record.
+    layers
+        Names in ``model.named_modules()``, or modules, or one of either; ``""`` or the model
+        itself is the whole model.
+    percentiles
+        Which to keep, each from 0 to 100; the default is that of Figure 1.
+    of
+        ``"output"`` or ``"input"``: which side of the layer. Where that is not one tensor, the
+        first tensor in it, keyword arguments last.
+    unit_axis
+        The axis that counts units (channels), each of which has its own statistics over all
+        other axes: 1, as in batch normalization, by default; -1 for transformers. None pools
+        all units. A tensor with fewer than two axes is always pooled.
+    bins
+        Increasing bin edges, for a histogram of each call. Values outside are not counted; the
+        last bin includes its right edge.
+    samples
+        Keep this many of each unit's values (evenly spaced ones if there are more), 0 for none.
+
+    Attributes
+    ----------
+    records
+        From layer name to the list of its records, one per call, in the order of the calls.
+
+    Raises
+    ------
+    ValueError
+        For an unknown layer (the message lists the known ones) or a bad option.
+
+    Notes
+    -----
+    Recording begins with construction. Leaving the ``with`` block, or :meth:`remove`, takes the
+    hooks away; the records stay. Entering again goes on recording. A module that stands in the
+    model under several names, or is called several times, has one record per call under the name
+    that was given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | nn.Module | Sequence[str | nn.Module],
+        percentiles: Sequence[float] = (15, 50, 85),
+        *,
+        of: str = "output",
+        unit_axis: int | None = 1,
+        bins: Sequence[float] | Tensor | None = None,
+        samples: int = 0,
+    ) -> None:
+        if of not in ("output", "input"):
+            raise ValueError(f"of must be 'output' or 'input', got {of!r}")
+        if not len(percentiles) or not all(0 <= rank <= 100 for rank in percentiles):
+            raise ValueError(f"percentiles lie in [0, 100], at least one; got {percentiles!r}")
+        if samples < 0:
+            raise ValueError(f"samples must be 0 (keep none) or a number to keep, got {samples}")
+        self._edges = None if bins is None else torch.as_tensor(bins, dtype=torch.float64)
+        if self._edges is not None and (
+            self._edges.ndim != 1 or len(self._edges) < 2 or not (self._edges.diff() > 0).all()
+        ):
+            raise ValueError(f"bins must be two or more increasing edges, got {bins!r}")
+        self._modules = find_layers(model, layers)
+        self._ranks, self._of, self._unit_axis = tuple(percentiles), of, unit_axis
+        self._samples = samples
+        self.records: dict[str, list[Record]] = {name: [] for name in self._modules}
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def __enter__(self) -> ActivationRecorder:
+        self._attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __getitem__(self, layer: str | nn.Module) -> list[Record]:
+        """The records of one layer, given as it was to the constructor."""
+        for name, module in self._modules.items():
+            if layer is module or layer == name:
+                return self.records[name]
+        raise KeyError(f"{layer!r} is not recorded; recorded: {_listed(self._modules)}")
+
+    def remove(self) -> None:
+        """Take the hooks away, leaving the model as it was. Doing it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget the records."""
+        for records in self.records.values():
+            records.clear()
+
+    def _attach(self) -> None:
+        if self._handles:
+            return
+        for name, module in self._modules.items():
+            if self._of == "output":
+                hook = module.register_forward_hook(self._output_hook(name))
+            else:
+                # Before the call: a layer that works in place would show its output instead.
+                hook = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
+            self._handles.append(hook)
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._record(name, output)
+
+        return hook
+
+    def _input_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            self._record(name, (arguments, keywords))
+
+        return hook
+
+    @torch.no_grad()
+    def _record(self, name: str, value: Any) -> None:
+        tensor = first_tensor(value)
+        if tensor is None:
+            raise TypeError(
+                f"the {self._of} of layer {name!r} holds no tensor to record: it is a "
+                f"{type(value).__name__}"
+            )
+        x = tensor.detach()
+        if self._unit_axis is None or x.ndim < 2:
+            x = x.reshape(-1)
+        else:
+            if not -x.ndim <= self._unit_axis < x.ndim:
+                raise ValueError(
+                    f"unit_axis={self._unit_axis} is no axis of the {self._of} of layer {name!r}, "
+                    f"whose shape is {tuple(x.shape)}"
+                )
+            x = x.movedim(self._unit_axis, -1).flatten(0, -2)
+        record = Record(
+            shape=tuple(tensor.shape),
+            percentiles=percentiles(x, self._ranks, dim=0).cpu(),
+            moments=Moments(*(moment.cpu() for moment in moments(x, dim=0))),
+            histogram=None if self._edges is None else _histogram(x, self._edges).cpu(),
+            samples=_evenly(x, self._samples).cpu() if self._samples else None,
+        )
+        self.records[name].append(record)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a nest of tuples, lists and mappings; None if there is none."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            found = first_tensor(item)
+            if found is not None:
+                return found
+    return None
+
+
+def _evenly(x: Tensor, most: int) -> Tensor:
+    """A copy of at most ``most`` rows, evenly spaced: no random numbers are drawn."""
+    if len(x) <= most:
+        return x.clone()
+    return x[torch.arange(most, device=x.device) * len(x) // most]
+
+
+def _histogram(x: Tensor, edges: Tensor) -> Tensor:
+    """Counts of each column between the edges: ``(bins, units)``, or ``(bins,)`` for one column."""
+    columns = x.double().reshape(len(x), -1)
+    edges = edges.to(x.device)
+    bins = len(edges) - 1
+    index = torch.bucketize(columns, edges, right=True) - 1
+    index[columns == edges[-1]] = bins - 1
+    inside = (index >= 0) & (index < bins)
+    counts = torch.zeros(bins, columns.shape[1], dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, index.clamp(0, bins - 1), inside.long())
+    return counts if x.ndim > 1 else counts[:, 0]

@@ -1,0 +1,250 @@
+"""The rendered book, as readers see it: offline, on a desk and on a phone, by day and by night.
+
+`make book` comes first. The pages are served from this machine, and every other host is blocked.
+"""
+
+import functools
+import http.server
+import re
+import shutil
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from playwright.sync_api import Error, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+HTML = ROOT / "_build" / "html"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --mute-audio"
+).split()
+
+pytestmark = pytest.mark.skipif(
+    not (HTML / ".rendered").exists(), reason="the book is not built: run `make book` first"
+)
+
+
+def pages():
+    """The pages that the table of contents names, as paths under the book's root."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    return [f"{file}.html" for file in [toc["root"], *files]]
+
+
+class Links(HTMLParser):
+    """What a page refers to: (tag, address) pairs, and the names that may be linked to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.anchors = [], set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src", "srcset", "poster", "data") and value:
+                self.found.append((tag, value))
+            elif name == "id":
+                self.anchors.add(value)
+
+
+@functools.cache
+def links(path):
+    return Links(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_link_within_the_book_leads_somewhere(page):
+    here = HTML / page
+    assert here.is_file()
+    for tag, address in links(here).found:
+        parts = urlsplit(address)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (here.parent / unquote(parts.path)).resolve() if parts.path else here
+        assert target.is_file(), f"{page}: <{tag}> leads to {address}, which does not exist"
+        if parts.fragment and target.suffix == ".html" and tag == "a":
+            assert unquote(parts.fragment) in links(target).anchors, f"{page}: {address}"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_a_page_takes_nothing_from_another_host(page):
+    remote = [
+        (tag, address)
+        for tag, address in links(HTML / page).found
+        if tag not in ("a",) and urlsplit(address).scheme not in ("", "data")
+    ]
+    assert not remote
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if re.search(r"/\d\d[a-z]?_", page)])
+def test_every_chapter_offers_its_notebook(page):
+    offered = {urlsplit(address).path for _, address in links(HTML / page).found}
+    assert f"../_sources/{page.removesuffix('.html')}.ipynb" in offered
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # one connection for many files
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # a page opens many connections at once; a full queue stalls it
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address under which the book is served."""
+    handler = functools.partial(QuietHandler, directory=HTML)
+    with Server(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium: install it, for example with `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=[*FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        )
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A reader's window onto the book; remembers what went wrong."""
+
+    def __init__(self, browser, site, width, theme):
+        self.site, self.left, self.errors = site, [], []
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=theme
+        )
+        self.context.set_default_timeout(120_000)  # a busy machine is no failure
+        self.context.route("**/*", self._route)
+        self.page = self.context.new_page()
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _route(self, route):
+        if route.request.url.startswith(self.site + "/"):
+            route.continue_()
+        else:
+            self.left.append(route.request.url)
+            route.abort()
+
+    def _console(self, message):
+        if message.type in ("error", "warning"):
+            self.errors.append(f"{message.text} ({message.location.get('url', '')})")
+
+    def go(self, address):
+        answer = self.page.goto(f"{self.site}/{address}", wait_until="load")
+        assert answer.ok, f"{address}: {answer.status}"
+        return self.page
+
+
+TYPESET = """async () => {
+  const math = [...document.querySelectorAll(".math.notranslate")];
+  if (math.length) {
+    for (let i = 0; i < 200 && !window.MathJax?.startup?.promise; i++)
+      await new Promise(done => setTimeout(done, 50));
+    await window.MathJax.startup.promise;
+  }
+  return {
+    all: math.length,
+    bare: math.filter(e => !e.querySelector("mjx-container")).map(e => e.textContent),
+    failed: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(e => e.textContent),
+  };
+}"""
+NAMELESS = """() => [...document.images].filter(i => !(i.alt || "").trim()).map(i => i.outerHTML
+  .slice(0, 200))"""
+BROKEN = """() => [...document.images].filter(i => i.complete && !i.naturalWidth && i.currentSrc)
+  .map(i => i.currentSrc.slice(0, 200))"""
+WIDE = """() => {
+  const page = document.documentElement;
+  if (page.scrollWidth <= innerWidth) return [];
+  return [`${page.scrollWidth} > ${innerWidth}`, ...[...document.querySelectorAll("body *")]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    .map(e => `${e.tagName}.${e.className}`).slice(0, 10)];
+}"""
+THEME = "() => document.documentElement.dataset.theme"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_every_page_is_whole(browser, site, width, theme):
+    visitor = Visitor(browser, site, width, theme)
+    formulas = 0
+    for address in pages():
+        page = visitor.go(address)
+        math = page.evaluate(TYPESET)
+        formulas += math["all"]
+        assert page.evaluate(THEME) == theme
+        assert math["bare"] == [], f"{address}: mathematics that is not typeset"
+        assert math["failed"] == [], f"{address}: mathematics with errors"
+        assert page.evaluate(NAMELESS) == [], f"{address}: images without a description"
+        assert page.evaluate(BROKEN) == [], f"{address}: images that did not load"
+        assert page.evaluate(WIDE) == [], f"{address}: wider than the window"
+        assert visitor.left == [], f"{address} asks another host"
+        assert visitor.errors == [], f"{address}: errors in the console"
+    assert formulas
+    visitor.context.close()
+
+
+@pytest.mark.browser
+def test_other_hosts_are_really_out_of_reach(browser, site):
+    visitor = Visitor(browser, site, 1280, "light")
+    page = visitor.go(pages()[0])
+    with pytest.raises(Error, match="Failed to fetch"):
+        page.evaluate("() => fetch('https://elsewhere.invalid/')")
+    assert visitor.left == ["https://elsewhere.invalid/"]
+    visitor.context.close()
+
+
+@pytest.mark.browser
+def test_the_search_finds_covariate_shift(browser, site):
+    visitor = Visitor(browser, site, 1280, "light")
+    page = visitor.go("search.html?q=covariate+shift")
+    page.wait_for_selector("#search-results ul.search li a", timeout=15_000)
+    found = page.eval_on_selector_all(
+        "#search-results ul.search li a", "all => all.map(a => a.getAttribute('href'))"
+    )
+    assert any(address.split("?")[0] == pages()[0] for address in found)
+    assert visitor.left == []
+    assert visitor.errors == []
+    visitor.context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_animations_play(browser, site, theme):
+    visitor = Visitor(browser, site, 375, theme)
+    played = 0
+    for address in pages():
+        if 'class="animation"' not in (HTML / address).read_text(encoding="utf-8"):
+            continue
+        page = visitor.go(address)
+        for player in page.query_selector_all(".animation"):
+            picture = player.query_selector("img")
+            page.wait_for_function("e => e.naturalWidth > 0", arg=picture)
+            player.query_selector("button[title=Pause]").click()
+            first = picture.get_attribute("src")
+            player.query_selector("button[title=Play]").click()
+            page.wait_for_function("([e, s]) => e.src !== s", arg=[picture, first], timeout=15_000)
+            for button in player.query_selector_all("button"):
+                assert button.query_selector("svg, i"), "a button without an icon"
+                assert button.bounding_box()["width"] >= 20
+            played += 1
+    assert visitor.errors == []
+    assert played or "chapters/10_mnist.html" not in pages(), "chapter 10 has no animation"
+    visitor.context.close()

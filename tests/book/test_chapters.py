@@ -1,0 +1,89 @@
+"""The chapters as they are committed, and the pages around them."""
+
+import ast
+import pkgutil
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+import bnlib
+from bnlib.book.claims import read_claims
+from bnlib.book.depends import code_of
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def claims_called(path):
+    """The ids that a chapter hands to ``claim``."""
+    for node in ast.walk(ast.parse(code_of(path))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "claim":
+            first = node.args[0]
+            assert isinstance(first, ast.Constant), f"{path.name}: write the claim's id out"
+            yield first.value
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+@each_chapter
+def test_a_chapter_is_committed_without_outputs_and_with_the_plain_kernel(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@each_chapter
+def test_a_chapter_begins_with_its_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == code[:1]
+    assert papermill.inspect_notebook(str(path))
+
+
+@each_chapter
+def test_every_figure_has_a_caption_a_name_and_a_description(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        page = cell.metadata.get("mystnb", {})
+        if "figure" in page or "image" in page:
+            assert page["figure"]["caption"].rstrip().endswith((".", ")")), cell.id
+            assert re.match(r"fig-\d\d-", page["figure"]["name"]), cell.id
+            assert len(page["image"]["alt"]) > 20, cell.id
+
+
+@each_chapter
+def test_every_claim_that_a_chapter_makes_is_in_the_ledger(path):
+    assert set(claims_called(path)) <= set(read_claims())
+
+
+def test_every_claim_that_is_not_only_quoted_is_measured_by_a_chapter():
+    called = {name for path in CHAPTERS for name in claims_called(path)}
+    tested = {name for name, claim in read_claims().items() if claim.how != "quoted"}
+    assert tested - called == set()
+
+
+def test_the_table_of_contents_names_every_page_and_no_other():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    pages = [p for p in (ROOT / "chapters").iterdir() if p.suffix in (".ipynb", ".md")]
+    assert sorted([toc["root"], *files]) == sorted(f"chapters/{page.stem}" for page in pages)
+
+
+def test_every_public_module_stands_in_the_api_reference():
+    found = pkgutil.walk_packages(bnlib.__path__, "bnlib.")
+    public = {m.name for m in found if not m.ispkg and "._" not in m.name and "__" not in m.name}
+    text = (ROOT / "chapters" / "api.md").read_text()
+    assert public == set(re.findall(r"automodule:: (\S+)", text))
