@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bnlib.imagenet import fields
-from bnlib.imagenet.data.batch_decode import CHOICES
 from bnlib.imagenet.fields import option
 from bnlib.runs import check_name
 
@@ -30,11 +29,6 @@ class Settings:
         choices=("auto", "bf16", "float32"),
     )
     compile: bool = option(False, "torch.compile the network")
-    fused: bool = option(
-        False,  # until the kernels have run on a GPU
-        "batch normalization and ReLU as one operation, in kernels of our own; on a GPU",
-    )
-    recompute: bool = option(False, "keep less for the backward pass (see BNInception)")
     accumulate: int = option(
         1,
         "micro-batches that a mini-batch is computed in, one after another; batch normalization "
@@ -45,12 +39,6 @@ class Settings:
         False, "batch normalization over all processes; else each process over its own share"
     )
     workers: int = option(2, "processes that prepare mini-batches", least=0)
-    decode: str = option(
-        "auto",
-        "where training photographs are decoded: cpu, in the workers; gpu, with nvJPEG, a "
-        "mini-batch at a time; auto: on a GPU where TorchCodec can",
-        choices=CHOICES,
-    )
     eval_every: int = option(
         10_000, "steps between evaluations; 0 for none before the end", least=0
     )

@@ -64,6 +64,13 @@ class Recipe:
         "paper, Figure 5: 8",
         choices=(8, 4),
     )
+    width: float = option(
+        1.0,
+        "factor on every channel count of Figure 5, for small trials",
+        "paper, Figure 5: 1",
+        above=0,
+        most=4,
+    )
     pool_proj_4cd: int = option(
         96,
         "pool projection in modules 4c and 4d",
@@ -83,15 +90,6 @@ class Recipe:
         "paper, sections 4.2.1 (removed) and 4.2.3 (40% in Inception, 5% or 10% in the ensemble)",
         least=0,
         below=1,
-    )
-    aux_head: bool = option(
-        False,
-        "an auxiliary classifier on module 4d while training",
-        "reconstruction: GoogLeNet has two; the paper says that there is no fully connected layer "
-        "but the softmax's",
-    )
-    aux_weight: float = option(
-        0.3, "weight of the auxiliary classifier's loss", "reconstruction: GoogLeNet's", least=0
     )
     init_scale: float = option(
         1.0,
@@ -212,13 +210,8 @@ class Recipe:
             raise TypeError(f"a recipe has no fields {unknown}; it has {known}")
         return dataclasses.replace(self, **changes)
 
-    def network(self, recompute: bool = False) -> BNInception:
+    def network(self) -> BNInception:
         """The network with new weights, drawn from torch's global generator.
-
-        Parameters
-        ----------
-        recompute
-            As in :class:`~bnlib.inception.architecture.BNInception`: less memory, the same network.
 
         Raises
         ------
@@ -227,6 +220,7 @@ class Recipe:
         """
         return BNInception(
             self.num_classes,
+            width=self.width,
             pool_proj_4cd=self.pool_proj_4cd,
             stem=self.stem,
             stem_stride=self.stem_stride,
@@ -234,10 +228,8 @@ class Recipe:
             activation=self.activation,
             lrn=self.lrn,
             dropout=self.dropout,
-            aux_head=self.aux_head,
             image_size=self.image_size,
             init_scale=self.init_scale,
-            recompute=recompute,
         )
 
     def learning_rate_at(self, step: int, steps_per_epoch: float) -> float:

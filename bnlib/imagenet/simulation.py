@@ -93,7 +93,7 @@ def simulate(
 
     def loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         images = images.to(memory_format=torch.channels_last)
-        return loss_of(network(images), labels, recipe.aux_weight)[1]
+        return loss_of(network(images), labels)[1]
 
     losses = []
     model.train()

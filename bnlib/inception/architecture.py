@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnlib.inception.layers import ACTIVATIONS, ImageInput, separable_conv
-from bnlib.inception.modules import AuxiliaryHead, Convolutions, Inception
-from bnlib.inception.recompute import norm_relu_pool
+from bnlib.inception.modules import Convolutions, Inception
 from bnlib.inception.table import FIGURE5, repaired
 
-__all__ = ["BNInception", "WithAuxiliary", "bn_inception"]
+__all__ = ["BNInception", "bn_inception"]
 
 STEMS = ("plain", "separable")
 STRIDES = (8, 4)
 NORMALIZATIONS = ("batch", "none", "per-activation-last")
 POOLS = ("avg", "max", "none")
 SMALLEST = 32
-
-
-class WithAuxiliary(NamedTuple):
-    """What a network with ``aux_head`` returns in training: two tensors (N, num_classes)."""
-
-    logits: Tensor
-    auxiliary: Tensor
 
 
 class BNInception(nn.Module):
@@ -59,9 +51,6 @@ class BNInception(nn.Module):
         normalization made superfluous (section 4.2.1).
     dropout
         Probability, from 0 to below 1, that a feature is dropped before the classifier.
-    aux_head
-        Whether there is an auxiliary classifier on 4d.  In training the network then returns
-        :class:`WithAuxiliary`; in evaluation only the logits.  A reconstruction.
     conv_bias
         Whether convolutions have a bias.  None: only where no normalization follows, because
         normalization removes it (section 3.2).
@@ -70,21 +59,13 @@ class BNInception(nn.Module):
     features_only
         Whether the output is the list of maps at strides 2, 4, 8, 16 and 32, without a classifier.
     image_size
-        Height and width of the images, which only ``aux_head`` and "per-activation-last" need:
-        other networks take any size of 32 or more.
+        Height and width of the images, which only "per-activation-last" needs: other
+        networks take any size of 32 or more.
     eps
         Of batch normalization.
     init_scale
         Factor on the initial weights of all convolutions (section 4.2.3: "larger" in some networks
         of the ensemble).
-    recompute
-        Whether training keeps less for the backward pass: the stem's normalization, ReLU and
-        pooling are computed again (:mod:`bnlib.inception.recompute`), and an average pooling comes
-        after its projection, on fewer channels, where convolutions have no bias.  The same results
-        up to rounding in less memory; inference is not touched.  Only with "batch", "relu" and
-        ``stem_stride=8``, without ``lrn`` and ``features_only``; not for TorchScript, nor for
-        training compiled with ``fullgraph=True``.
-
     Raises
     ------
     ValueError
@@ -102,11 +83,7 @@ class BNInception(nn.Module):
     everywhere; :class:`~bnlib.modules.BatchNorm` computes the same and can replace it.
     """
 
-    __constants__ = (
-        "aux",
-        "features_only",
-        "recompute",
-    )  # so that TorchScript compiles one branch only
+    __constants__ = ("features_only",)  # so that TorchScript compiles one branch only
 
     def __init__(
         self,
@@ -120,20 +97,18 @@ class BNInception(nn.Module):
         activation: str = "relu",
         lrn: bool = False,
         dropout: float = 0.0,
-        aux_head: bool = False,
         conv_bias: bool | None = None,
         global_pool: str = "avg",
         features_only: bool = False,
         image_size: int | tuple[int, int] = 224,
         eps: float = 1e-5,
         init_scale: float = 1.0,
-        recompute: bool = False,
     ) -> None:
         super().__init__()
         size = _check_options(locals())
         bias = normalization == "none" if conv_bias is None else conv_bias
-        conv = Convolutions(normalization, activation, bias, eps, recompute)
-        self.features_only, self.aux, self.recompute = features_only, aux_head, recompute
+        conv = Convolutions(normalization, activation, bias, eps)
+        self.features_only = features_only
         self.num_classes = num_classes
         rows = {row.type: row for row in (*FIGURE5[:4], *repaired(pool_proj_4cd))}
 
@@ -160,10 +135,6 @@ class BNInception(nn.Module):
             last = map_size if row.type == "5b" else None
             self.inception[row.type] = Inception(row, channels, conv, last)
             channels = row.output[1]
-            if row.type == "4d":
-                self.auxiliary = (
-                    AuxiliaryHead(channels, map_size, num_classes) if aux_head else nn.Identity()
-                )
             if row.stride == 2:
                 map_size = ((map_size[0] + 1) // 2, (map_size[1] + 1) // 2)
 
@@ -217,11 +188,6 @@ class BNInception(nn.Module):
         stride4 = self.lrn2(self.conv2(self.conv2_reduce(self.lrn1(self.pool1(stride2)))))
         return stride2, stride4
 
-    @torch.jit.unused
-    def _frugal_stem(self, x: Tensor) -> Tensor:
-        x = norm_relu_pool(self.conv1.conv(self.images(x)), self.conv1.norm)
-        return norm_relu_pool(self.conv2.conv(self.conv2_reduce(x)), self.conv2.norm)
-
     def _inception_modules(self, x: Tensor) -> list[Tensor]:
         modules = self.inception
         stride8 = modules["3b"](modules["3a"](x))
@@ -231,18 +197,11 @@ class BNInception(nn.Module):
         return [stride8, stride16, stride32]
 
     def forward(self, x: Tensor) -> Any:
-        """Logits (N, num_classes); or what ``features_only`` or ``aux_head`` ask for."""
+        """Logits (N, num_classes); or the maps that ``features_only`` asks for."""
         if self.features_only:
             return self.feature_maps(x)
-        if self.recompute and self.training:
-            x = self._frugal_stem(x)
-        else:
-            x = self.pool2(self._stem(x)[1])
-        _, stride16, stride32 = self._inception_modules(x)
-        logits = self.fc(self.dropout(self.global_pool(stride32)))
-        if self.aux and self.training:
-            return WithAuxiliary(logits, self.auxiliary(stride16))
-        return logits
+        stride32 = self._inception_modules(self.pool2(self._stem(x)[1]))[-1]
+        return self.fc(self.dropout(self.global_pool(stride32)))
 
 
 def bn_inception(**options: Any) -> BNInception:
@@ -306,18 +265,6 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
             f"global_pool='none' leaves a map, which no classifier can follow: set num_classes=0 "
             f"(it is {options['num_classes']})"
         )
-    if options["aux_head"] and (options["features_only"] or not options["num_classes"]):
-        raise ValueError(
-            "aux_head needs num_classes > 0 and features_only=False; they are "
-            f"{options['num_classes']} and {options['features_only']}"
-        )
-    plain = options["normalization"] == "batch" and options["activation"] == "relu"
-    frugal = plain and options["stem_stride"] == 8
-    if options["recompute"] and (not frugal or options["lrn"] or options["features_only"]):
-        raise ValueError(
-            "recompute needs normalization='batch', activation='relu' and stem_stride=8, and "
-            "neither lrn nor features_only"
-        )
     for name in ("eps", "init_scale"):
         if not 0 < options[name] < float("inf"):
             raise ValueError(f"{name} is {options[name]}; it must be positive and finite")
@@ -327,6 +274,4 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST:
         raise ValueError(f"image_size is {size}; height and width must be at least {SMALLEST}")
-    if options["aux_head"] and min(height, width) < 71:
-        raise ValueError(f"image_size is {size}; the auxiliary head pools 5x5 on 4d and needs 71")
     return height, width

@@ -1,4 +1,4 @@
-"""The Inception module, a row of the table as a layer, and the auxiliary classifier."""
+"""The Inception module: a row of the table as a layer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from bnlib.inception.layers import ACTIVATIONS, ConvNormAct, StridedMaxPool
 from bnlib.inception.table import Row
 from bnlib.modules import PerActivationBatchNorm
 
-__all__ = ["AuxiliaryHead", "Convolutions", "Inception"]
+__all__ = ["Convolutions", "Inception"]
 
 
 class Convolutions:
     """Makes the convolutions of one network, all in its own way."""
 
-    def __init__(
-        self, normalization: str, activation: str, bias: bool, eps: float, recompute: bool
-    ) -> None:
+    def __init__(self, normalization: str, activation: str, bias: bool, eps: float) -> None:
         self.normalization, self.activation = normalization, activation
         self.bias, self.eps = bias, eps
-        self.pool_last = recompute and not bias
 
     def norm(self, channels: int, size: tuple[int, int] | None) -> nn.Module:
         if self.normalization == "none":
@@ -59,7 +56,6 @@ class Inception(nn.Module):
     ) -> None:
         super().__init__()
         stride = row.stride
-        self.pool_last = conv.pool_last and row.pool == "avg"
         self.conv1x1 = conv(in_channels, row.conv1x1, 1, size=size) if row.conv1x1 else None
         self.reduce3x3 = conv(in_channels, row.reduce3x3, 1, size=size)
         self.conv3x3 = conv(row.reduce3x3, row.conv3x3, 3, stride, size=size)
@@ -87,43 +83,7 @@ class Inception(nn.Module):
             branches.insert(0, self.conv1x1(x))
         if self.projection is None:
             pooled = self.pool(x)
-        elif self.pool_last and self.training:  # both are linear: the order is free
-            pooled = self.pool(self.projection.conv(x))
-            pooled = self.projection.act(self.projection.norm(pooled))
         else:
             pooled = self.projection(self.pool(x))
         branches.append(pooled)
         return torch.cat(branches, 1)
-
-
-class AuxiliaryHead(nn.Sequential):
-    """A second classifier halfway up, for training: pool 5x5 stride 3, 1x1 to 128, 768, classes.
-
-    A reconstruction: the paper does not say whether there was one.
-    """
-
-    def __init__(self, channels: int, map_size: tuple[int, int], num_classes: int) -> None:
-        self.pooled_size = [(n - 5) // 3 + 1 for n in map_size]
-        height, width = self.pooled_size
-        super().__init__(
-            nn.AvgPool2d(5, 3),
-            nn.Conv2d(channels, 128, 1),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-            nn.Linear(128 * height * width, 768),
-            nn.ReLU(inplace=True),
-            nn.Linear(768, num_classes),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tensor (N, C, H, W) to (N, num_classes)."""
-        found = [(n - 5) // 3 + 1 for n in x.shape[2:]]
-        if found != self.pooled_size:
-            raise ValueError(
-                f"the auxiliary head pools these images to {found}, but was made for "
-                f"{self.pooled_size}: make the network with image_size=(height, width) of the "
-                "images, or give it images of the size it was made for"
-            )
-        for layer in self:
-            x = layer(x)
-        return x

@@ -42,7 +42,6 @@ from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.log import Metrics
 from bnlib.imagenet.training.state import Run, weight_decay_on_weights
 from bnlib.imagenet.training.step import follow, loss_of, seed_dropout
-from bnlib.inception.fused import fuse_norm_relu
 
 __all__ = ["train"]
 
@@ -94,11 +93,8 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         if device.type == "cuda":  # all mini-batches have one shape: the search pays
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(recipe.seed)
-        model: nn.Module = recipe.network(recompute=settings.recompute)
+        model: nn.Module = recipe.network()
         model = model.to(device).to(memory_format=torch.channels_last)
-        if settings.fused:
-            _check_fused(settings)
-            fuse_norm_relu(model)
         if settings.sync_bn and group.world > 1:
             _check_sync(recipe, settings, device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -126,7 +122,6 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             world=group.world,
             workers=settings.workers,
             device=device,
-            decode=settings.decode,
         )
         metrics = Metrics(out, run.step, settings.tensorboard) if group.first else None
         bar = tqdm(
@@ -166,7 +161,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             ):
                 with _gradients_stay(network, number < micro_batches):
                     with run.autocast():
-                        logits, loss = loss_of(network(part), targets, recipe.aux_weight)
+                        logits, loss = loss_of(network(part), targets)
                     (loss / micro_batches).backward()
                 right = (logits.argmax(1) == targets).float().mean()
                 sums += torch.stack([loss.detach(), right]) / micro_batches
@@ -259,21 +254,7 @@ def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
     return settings.accumulate
 
 
-def _check_fused(settings: Settings) -> None:
-    for name in ("compile", "sync_bn"):
-        if getattr(settings, name):
-            raise ValueError(
-                f"fused and {name} exclude each other: each puts something else in the place of "
-                f"normalization and ReLU. Leave --fused or --{name.replace('_', '-')} out"
-            )
-
-
 def _check_sync(recipe: Recipe, settings: Settings, device: torch.device) -> None:
-    if settings.recompute:
-        raise ValueError(
-            "sync_bn and recompute exclude each other: what is computed again would have the "
-            "statistics of one process. Leave --sync-bn or --recompute out"
-        )
     if device.type != "cuda":
         raise ValueError(
             f"sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is {device}. Leave "

@@ -199,7 +199,6 @@ class Run:
                     world=group.world,
                     workers=settings.workers,
                     device=group.device,
-                    decode=settings.decode,
                 )
                 some = (next(stream)[1] for _ in range(settings.statistics_batches))
                 overflow = torch.zeros((), device=group.device)

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bnlib.imagenet.recipes import Recipe
-from bnlib.inception.architecture import WithAuxiliary
 
 __all__ = ["follow", "loss_of", "seed_dropout"]
 
@@ -21,21 +20,16 @@ def seed_dropout(recipe: Recipe, step: int, rank: int) -> None:
     torch.manual_seed(((recipe.seed * 1_000_003 + step) * 4096 + rank) % 2**63)
 
 
-def loss_of(output: Any, targets: Tensor, aux_weight: float) -> tuple[Tensor, Tensor]:
-    """Logits and mean cross-entropy in nats, the auxiliary classifier's added with its weight.
+def loss_of(output: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and mean cross-entropy in nats.
 
     Parameters
     ----------
     output
-        What the network returned: logits (m, classes), or those of both classifiers.
+        Logits (m, classes).
     targets
         int64 (m,).
-    aux_weight
-        Weight of the auxiliary classifier's loss.
     """
-    if isinstance(output, WithAuxiliary):
-        auxiliary = cross_entropy(output.auxiliary.float(), targets)
-        return output.logits, cross_entropy(output.logits.float(), targets) + aux_weight * auxiliary
     return output, cross_entropy(output.float(), targets)
 
 
