@@ -20,9 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 _PACKAGES = ("bnlib", "numpy", "torch", "torchvision", "scikit-learn")
@@ -66,6 +69,44 @@ class Run:
         for column, value in conditions.items():
             mask &= self[column] == value
         return Run(self.manifest, {name: values[mask] for name, values in self.columns.items()})
+
+    def frame(self, **labels: Any) -> pd.DataFrame:
+        """The run as a tidy DataFrame: one row an observation, the columns named as recorded.
+
+        Parameters
+        ----------
+        **labels
+            Constant columns put in front, which tell the runs apart once several frames are
+            concatenated: ``pandas.concat(read("mnist-figure1", n).frame(network=n) for n in ...)``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns of whole numbers (a seed, a step) are int64, other numbers float64; the
+            units stand in the columns' names.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+        ValueError
+            If a label has the name of a recorded column.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "Run.frame() needs pandas, which is not installed; "
+                "install it with `pip install pandas` or `pip install 'bnlib[book]'`"
+            ) from error
+        taken = [label for label in labels if label in self.columns]
+        if taken:
+            raise ValueError(f"the run has a column {taken[0]!r} already; name the label otherwise")
+        recorded = {
+            name: values.astype(np.int64) if _are_whole(values) else values
+            for name, values in self.columns.items()
+        }
+        return pd.DataFrame({**labels, **recorded})
 
     def table(self, value: str, rows: str, columns: str) -> Table:
         """One column spread over two others, such as accuracy over seed and step.
@@ -338,3 +379,7 @@ def _column(values: Iterable[str]) -> np.ndarray:
         return np.array([float(entry) for entry in entries])
     except ValueError:
         return np.array(entries)
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" and bool(np.isfinite(values).all() and (values % 1 == 0).all())

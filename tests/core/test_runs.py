@@ -1,6 +1,7 @@
 """Recorded runs: what was written comes back, and nothing else does."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +64,28 @@ def test_a_table_refuses_a_pair_that_does_not_occur_exactly_once(recorded):
     run = runs.read("figure1", "slow", root=recorded)
     with pytest.raises(ValueError, match=r"step=0.*occurs 2\s+times"):
         run.table("accuracy", "step", "step")
+
+
+def test_a_frame_has_one_row_an_observation_and_the_recorded_columns(recorded):
+    frame = runs.read("figure1", "slow", root=recorded).frame(run="slow", repeat=3)
+    assert frame.columns.tolist() == ["run", "repeat", "seed", "step", "accuracy", "network"]
+    assert frame["run"].tolist() == ["slow"] * 4
+    assert frame["repeat"].tolist() == [3] * 4
+    assert frame["step"].tolist() == [0, 10, 0, 10]
+    assert [frame[name].dtype.kind for name in ("seed", "step", "accuracy")] == ["i", "i", "f"]
+    np.testing.assert_array_equal(frame["accuracy"], [0.1, 0.123457, np.nan, 1.0])
+    assert frame["network"].tolist() == ["bn", "bn", "plain", "plain"]
+
+
+def test_a_frame_refuses_a_label_that_is_a_recorded_column(recorded):
+    with pytest.raises(ValueError, match="has a column 'network' already"):
+        runs.read("figure1", "slow", root=recorded).frame(network="bn")
+
+
+def test_a_frame_without_pandas_says_how_to_install_it(recorded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install pandas"):
+        runs.read("figure1", "slow", root=recorded).frame()
 
 
 def test_a_column_that_is_not_there_is_named_beside_those_that_are(recorded):
