@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnlib.inception.layers import ACTIVATIONS, ImageInput, separable_conv
 from bnlib.inception.modules import Convolutions, Inception
-from bnlib.inception.table import FIGURE5, repaired
+from bnlib.inception.table import FIGURE5, repaired, scaled
 
 __all__ = ["BNInception", "bn_inception"]
 
@@ -34,6 +34,9 @@ class BNInception(nn.Module):
         Pool projection of modules 4c and 4d.  With 96 channels add up to the 576 and 1024 that
         Figure 5 states.  128 is what the figure prints in that column, gives 608 and 1056, and is
         what the published Caffe, MXNet and PyTorch weights have.
+    width
+        Factor on every channel count of Figure 5 (not on ``in_chans`` or ``num_classes``), each
+        rounded to the nearest multiple of 4 and at least 8.  1 is the paper's network.
     stem
         First convolution: "plain", a full 7x7, or "separable", the paper's, with a depth multiplier
         of 8.
@@ -66,6 +69,7 @@ class BNInception(nn.Module):
     init_scale
         Factor on the initial weights of all convolutions (section 4.2.3: "larger" in some networks
         of the ensemble).
+
     Raises
     ------
     ValueError
@@ -91,6 +95,7 @@ class BNInception(nn.Module):
         in_chans: int = 3,
         *,
         pool_proj_4cd: int = 96,
+        width: float = 1.0,
         stem: str = "plain",
         stem_stride: int = 8,
         normalization: str = "batch",
@@ -110,9 +115,7 @@ class BNInception(nn.Module):
         conv = Convolutions(normalization, activation, bias, eps)
         self.features_only = features_only
         self.num_classes = num_classes
-        rows = {row.type: row for row in (*FIGURE5[:4], *repaired(pool_proj_4cd))}
-
-        first, second = rows["conv1"], rows["conv2"]
+        first, second = scaled(FIGURE5[0], width), scaled(FIGURE5[2], width)
         channels = first.output[1]
         self.images = ImageInput(in_chans, SMALLEST)
         if stem == "separable":
@@ -131,7 +134,7 @@ class BNInception(nn.Module):
         channels = second.conv3x3
         map_size = _after_stem(size, stem_stride)
         self.inception = nn.ModuleDict()
-        for row in list(rows.values())[4:]:
+        for row in repaired(pool_proj_4cd, width):
             last = map_size if row.type == "5b" else None
             self.inception[row.type] = Inception(row, channels, conv, last)
             channels = row.output[1]
@@ -176,7 +179,8 @@ class BNInception(nn.Module):
         -------
         list of torch.Tensor
             (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
-            (N, 1024, H/32, W/32); 608 and 1024 with ``pool_proj_4cd=128``.  An odd size is halved
+            (N, 1024, H/32, W/32); 608 and 1024 with ``pool_proj_4cd=128``; another ``width``
+            changes the channels.  An odd size is halved
             downward by the stem's poolings (strides 4 and 8) and upward elsewhere.  With
             ``stem_stride=4`` the strides are 2, 2, 4, 8 and 16.
         """
@@ -265,9 +269,10 @@ def _check_options(options: dict[str, Any]) -> tuple[int, int]:
             f"global_pool='none' leaves a map, which no classifier can follow: set num_classes=0 "
             f"(it is {options['num_classes']})"
         )
-    for name in ("eps", "init_scale"):
-        if not 0 < options[name] < float("inf"):
-            raise ValueError(f"{name} is {options[name]}; it must be positive and finite")
+    for name in ("width", "eps", "init_scale"):
+        value = options[name]
+        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; it must be a positive, finite number")
     size = options["image_size"]
     if not isinstance(size, int) and len(size) != 2:
         raise ValueError(f"image_size is {size}; it must be one number or (height, width)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["FIGURE5", "MODULES", "Row", "repaired"]
+__all__ = ["FIGURE5", "MODULES", "Row", "repaired", "scaled"]
 
 
 class Row(NamedTuple):
@@ -49,15 +49,37 @@ FIGURE5 = (
 MODULES = tuple(row for row in FIGURE5 if row.depth == 3)
 
 
-def repaired(pool_proj_4cd: int) -> tuple[Row, ...]:
+def scaled(row: Row, width: float) -> Row:
+    """The row with every channel count times ``width``, to the nearest multiple of 4, at least 8.
+
+    A blank stays a blank.  With 1 nothing changes.
+    """
+
+    def times(channels: int) -> int:
+        return max(8, 4 * int(channels * width / 4 + 0.5)) if channels else 0
+
+    return row._replace(
+        output=(row.output[0], times(row.output[1])),
+        conv1x1=times(row.conv1x1),
+        reduce3x3=times(row.reduce3x3),
+        conv3x3=times(row.conv3x3),
+        reduce_double3x3=times(row.reduce_double3x3),
+        double3x3=times(row.double3x3),
+        projection=times(row.projection),
+    )
+
+
+def repaired(pool_proj_4cd: int, width: float = 1.0) -> tuple[Row, ...]:
     """The ten modules with another pool projection in 4c and 4d, and the channels that result.
 
     With 96 the outputs are the figure's 576 and 1024.  With 128, as printed, they are 608 and 1056.
+    The branches are :func:`scaled` by ``width``; an output is the sum of its branches.
     """
-    rows, channels = [], FIGURE5[3].output[1]
+    rows, channels = [], scaled(FIGURE5[3], width).output[1]
     for row in MODULES:
         if row.type in ("4c", "4d"):
             row = row._replace(projection=pool_proj_4cd)
+        row = scaled(row, width)
         passed = row.projection or channels  # without a projection the pooled input passes through
         channels = row.conv1x1 + row.conv3x3 + row.double3x3 + passed
         rows.append(row._replace(output=(row.output[0], channels)))

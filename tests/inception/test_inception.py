@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_fold import settle
+from normalization import settle
 from torch import nn
 
 import bnlib
@@ -433,8 +433,8 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_unknown_options_are_refused_with_the_known_ones():
-    with pytest.raises(TypeError, match=r"\['classes', 'width'\].*'num_classes'.*'stem'"):
-        bn_inception(classes=10, width=2)
+    with pytest.raises(TypeError, match=r"\['classes', 'depth'\].*'num_classes'.*'stem'"):
+        bn_inception(classes=10, depth=2)
 
 
 @pytest.mark.parametrize(

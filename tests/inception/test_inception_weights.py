@@ -13,8 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from normalization import settle
 from PIL import Image
-from test_fold import settle
 from torch import nn
 
 from bnlib import BNInception, bn_inception, fold_batch_norm
