@@ -21,30 +21,18 @@ from imagenet_runs import (
     command,
     finished,
     forked,
-    photographs,
     ranks,
-    use_tiny_network,
     wait_for_step,
 )
 
 from bnlib import runs
 from bnlib.__main__ import COMMANDS, DIVERGED, FAILED, FINISHED, USAGE, main
 from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, checkpoint, recipe
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.training.log import read_metrics
 
 SCALE = "--image-size 32 --num-classes 3 --batch-size 4 --shards 6 --device cpu".split()
 QUIET = "--eval-every 0 --statistics-batches 2 --log-every 1 --keep 1 --no-tensorboard".split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory)
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 @pytest.fixture
@@ -213,7 +201,7 @@ def test_the_help_of_train_lists_every_recipe_and_every_field_with_its_source(
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for cls in (Recipe, Settings):
+    for cls in (Recipe, Options):
         for entry in dataclasses.fields(cls):
             assert f"--{entry.name.replace('_', '-')}" in text
             assert " ".join(entry.metadata["help"].split())[:20] in text

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from normalization import settle
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
@@ -17,19 +18,6 @@ KINDS = {
     2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),
     3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
 }
-
-
-def settle(model):
-    """Give parameters and statistics values that are not those of a new layer."""
-    generator = torch.Generator().manual_seed(0)
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm):
-            for tensor in (norm.weight, norm.bias, norm.running_mean):
-                if tensor is not None:
-                    tensor.data.normal_(generator=generator)
-            if norm.running_var is not None:
-                norm.running_var.uniform_(0.2, 3, generator=generator)
-    return model.double().eval()
 
 
 def norms(model):

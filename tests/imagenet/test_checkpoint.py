@@ -27,7 +27,6 @@ from imagenet_runs import (
     changed,
     finished,
     forked,
-    photographs,
     ranks,
     tensors,
     use_tiny_network,
@@ -42,19 +41,9 @@ from bnlib.imagenet.training.log import Metrics, read_metrics
 from bnlib.imagenet.training.loop import train
 from bnlib.imagenet.training.state import Run
 
+pytestmark = pytest.mark.usefixtures("tiny")
 LONG = TINY.replace(steps=40)
 OFTEN = changed(save_every=1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +72,8 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_bit_identical(
     whole, seconds = uninterrupted
     codes: list[int | None] = []
     for attempt in range(10):
-        settings = changed(OFTEN, workers=attempt % 2)
-        process = forked(functools.partial(train, LONG, data, tmp_path, settings))
+        options = changed(OFTEN, workers=attempt % 2)
+        process = forked(functools.partial(train, LONG, data, tmp_path, options))
         time.sleep(rng.uniform(0, seconds / 2))
         process.kill()
         codes += finished(process)
@@ -116,22 +105,22 @@ def test_killed_at_its_weakest_moments_the_run_ends_bit_identical(
 ) -> None:
     original, calls = getattr(where, what), 0
 
-    def lethal(*arguments: Any, **options: Any) -> Any:
+    def lethal(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             kill_self()
-        return original(*arguments, **options)
+        return original(*arguments, **named)
 
-    settings = changed(save_every=2, eval_every=5, keep=2)
+    options = changed(save_every=2, eval_every=5, keep=2)
 
     def killed() -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(where, what, lethal)
-            train(LONG, data, tmp_path, settings)
+            train(LONG, data, tmp_path, options)
 
     assert finished(forked(killed)) == [-signal.SIGKILL]
-    assert finished(forked(lambda: train(LONG, data, tmp_path, settings))) == [0]
+    assert finished(forked(lambda: train(LONG, data, tmp_path, options))) == [0]
     assert_same_end(tmp_path, uninterrupted[0])
     assert not list(tmp_path.glob(".step-*")), "what the kill left is gone"
     assert len(checkpoint.checkpoints(tmp_path)) == 2
@@ -452,17 +441,20 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     other = tmp_path / "other data"
     shutil.copytree(data, other)
     next((other / "train" / "ant").iterdir()).unlink()
-    recipe = TINY.replace(learning_rate=0.1, momentum=0.5)
+    recipe = TINY.replace(
+        learning_rate=0.1, momentum=0.5, accumulate=2, precision="bf16", statistics="moving"
+    )
     before = checkpoint.checkpoints(tmp_path)
     with pytest.raises(CheckpointError) as error:
-        train(recipe, other, tmp_path, changed(accumulate=2, precision="bf16"))
+        train(recipe, other, tmp_path, QUIET)
     lines = [line.strip() for line in str(error.value).splitlines()]
     assert "recipe learning_rate: 0.05 there, 0.1 here" in lines
     assert "recipe momentum: 0.9 there, 0.5 here" in lines
-    assert "accumulate: 1 there, 2 here" in lines
-    assert "precision: float32 there, bf16 here" in lines
+    assert "recipe accumulate: 1 there, 2 here" in lines
+    assert "recipe precision: 'float32' there, 'bf16' here" in lines
+    assert "recipe statistics: 'population' there, 'moving' here" in lines
     assert sum(line.startswith("data set: ") for line in lines) == 1
-    assert len(lines) == 7, "what is the same is not listed"
+    assert len(lines) == 8, "what is the same is not listed"
     assert "--adapt" in lines[-1]
     assert checkpoint.checkpoints(tmp_path) == before
 

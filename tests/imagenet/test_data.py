@@ -16,11 +16,11 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from images import encoded, synthetic, write_folder
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -37,41 +37,13 @@ from bnlib.imagenet.evaluation.held_out import evaluation_batches
 SMALL = recipe("bn-x5").replace(image_size=32, num_classes=3, batch_size=8, shards=6, seed=7)
 
 
-def photograph(seed: int, width: int = 96, height: int = 72) -> Image.Image:
-    """Smooth shapes and some noise, in color."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(smooth).astype(int) + rng.integers(-8, 9, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    output = io.BytesIO()
-    image.save(output, kind, **options)
-    return output.getvalue()
-
-
 def reference(data: bytes) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
 
 
-def write_folder(root: Path, train: int = 12, val: int = 4) -> Path:
-    for split, count in (("train", train), ("val", val)):
-        for label, name in enumerate(("ant", "bee", "cat")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                seed = 1000 * label + 100 * (split == "val") + number
-                size = (96 + 7 * (number % 4), 72 + 11 * (number % 3))
-                image = photograph(seed, *size)
-                (folder / f"{number:03}.JPEG").write_bytes(encoded(image, quality=90))
-    return root
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("photographs"))
+    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +191,7 @@ def test_distortions_are_those_of_torchvision_in_their_order(order: tuple[int, .
     from torchvision.transforms.v2 import functional
 
     factors = (0.9, 0.7, 1.2)
-    image = photograph(1).point(lambda value: 60 + value // 2)  # nothing leaves 0..255
+    image = synthetic(1).point(lambda value: 60 + value // 2)  # nothing leaves 0..255
     kinds = (
         functional.adjust_brightness,
         functional.adjust_contrast,
@@ -232,7 +204,7 @@ def test_distortions_are_those_of_torchvision_in_their_order(order: tuple[int, .
 
 
 def test_factors_of_one_distort_nothing_and_values_stay_in_range() -> None:
-    image = photograph(2)
+    image = synthetic(2)
     same = distorted(image, (2, 0, 1), (1, 1, 1))
     torch.testing.assert_close(same, reference(encoded(image, "PNG")).float(), atol=1e-3, rtol=0)
     extreme = distorted(image, (0, 1, 2), (1.5, 1.5, 1.5))
@@ -249,8 +221,8 @@ def test_normalization_is_that_of_torchvision() -> None:
 
 # Decoding
 
-IMAGE = photograph(3)
-ODD = photograph(4, 101, 67)
+IMAGE = synthetic(3)
+ODD = synthetic(4, 101, 67)
 
 
 @pytest.fixture(params=["TorchCodec", "PIL"])
@@ -388,7 +360,7 @@ def test_a_huge_image_is_refused_before_it_is_decoded() -> None:
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("restart_rows", [1, 2, 0])
 def test_a_band_of_a_jpeg_has_the_pixels_of_the_whole(subsampling: int, restart_rows: int) -> None:
-    image = photograph(5, 90, 211)
+    image = synthetic(5, 90, 211)
     data = encoded(image, quality=90, subsampling=subsampling, restart_marker_rows=restart_rows)
     header = jpeg.read_header(data)
     assert header is not None
@@ -406,7 +378,7 @@ def test_a_band_of_a_jpeg_has_the_pixels_of_the_whole(subsampling: int, restart_
 
 
 def test_gray_jpegs_have_bands_too() -> None:
-    data = encoded(photograph(5, 90, 211).convert("L"), restart_marker_rows=1)
+    data = encoded(synthetic(5, 90, 211).convert("L"), restart_marker_rows=1)
     header = jpeg.read_header(data)
     assert header is not None
     part, first = jpeg.band(data, header, 100, 120)
@@ -420,7 +392,7 @@ def test_a_crop_is_that_of_torchvision_at_full_or_reduced_scale(
 ) -> None:
     from torchvision.transforms import v2
 
-    data = encoded(photograph(6, 480, 360), quality=95)
+    data = encoded(synthetic(6, 480, 360), quality=95)
     box = augment.Box(37, 21, 301, 277)
     ours = Encoded(data).crop(box, size)
     whole = reference(data)

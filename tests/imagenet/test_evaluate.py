@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from imagenet_runs import QUIET, TINY, TinyNetwork, use_tiny_network
-from test_data import encoded, photograph, write_folder
+from imagenet_runs import QUIET, TINY, TinyNetwork
+from images import encoded, synthetic, write_folder
 from torch import Tensor, nn
 
 from bnlib.imagenet import checkpoint
@@ -29,17 +29,8 @@ from bnlib.imagenet.evaluation.crops import View, cropped, views
 from bnlib.imagenet.evaluation.held_out import evaluation_batches
 from bnlib.imagenet.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("tiny")
 PHOTOGRAPHS = [(500, 375), (375, 500), (341, 1000), (256, 256), (64, 64), (97, 41)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 def resized(width: int, height: int, shorter: int) -> tuple[int, int]:
@@ -271,7 +262,7 @@ def test_the_three_squares_of_a_square_photograph_are_one_and_computed_once() ->
 def test_a_square_photograph_among_others_counts_its_crops_as_often_as_they_occur(
     tmp_path: Path,
 ) -> None:
-    square = encoded(photograph(7, 64, 64), quality=90)
+    square = encoded(synthetic(7, 64, 64), quality=90)
     (write_folder(tmp_path) / "val" / "ant" / "001.JPEG").write_bytes(square)
     torch.manual_seed(0)
     network, source = TinyNetwork(TINY).eval(), open_source(tmp_path, "val")

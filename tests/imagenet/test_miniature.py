@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from imagenet_runs import use_tiny_network
-from test_data import write_folder
+from images import write_folder
 
 from bnlib import runs
 from bnlib.imagenet import RECIPES

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagenet_runs import QUIET, TINY, photographs, use_tiny_network
+from imagenet_runs import QUIET, TINY, image_folder, use_tiny_network
 from scipy import stats
 from sklearn.metrics import brier_score_loss, log_loss
 from torch import Tensor
@@ -45,6 +45,7 @@ from bnlib.imagenet.recipes import RECIPES
 from bnlib.imagenet.training.loop import train
 from bnlib.runs import RunError
 
+pytestmark = pytest.mark.usefixtures("tiny")
 CHAPTER = Path(__file__).parents[2] / "chapters" / "13_ensemble.ipynb"
 #: Seed, networks, images, classes and sharpness of made-up probabilities.
 made_up = st.tuples(
@@ -346,11 +347,6 @@ def test_a_bootstrap_of_nothing_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two networks with other seeds."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
@@ -359,11 +355,6 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for seed, folder in enumerate(folders):
             train(TINY.replace(name=f"network-{seed}", seed=seed), data, folder, QUIET)
     return folders
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 30, 1000])
@@ -405,7 +396,7 @@ def test_recorded_probabilities_are_those_of_the_network_to_four_digits(
 def test_nothing_is_recorded_when_an_image_cannot_be_read(
     trained: list[Path], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    damaged = photographs(tmp_path_factory)
+    damaged = image_folder(tmp_path_factory)
     (damaged / "val" / "bee" / "001.JPEG").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"nothing is recorded: bee/001.JPEG"):
         record_probabilities(trained[0], damaged, 1, "small", tmp_path, device="cpu")

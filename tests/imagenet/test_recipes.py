@@ -163,7 +163,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_every_field_has_a_flag_that_sets_it() -> None:
-    other = {"normalization": "none", "activation": "sigmoid", "stem": "separable"}
+    other = {
+        "normalization": "none",
+        "activation": "sigmoid",
+        "stem": "separable",
+        "precision": "bf16",
+        "statistics": "moving",
+    }
     for entry in dataclasses.fields(Recipe):
         flag, before = "--" + entry.name.replace("_", "-"), getattr(recipe("bn-x5"), entry.name)
         if isinstance(before, bool):

@@ -17,7 +17,7 @@ import papermill
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from imagenet_runs import TINY, changed, photographs, use_tiny_network
+from imagenet_runs import TINY, changed, image_folder, use_tiny_network
 
 from bnlib import runs
 from bnlib.book.tables import table
@@ -223,7 +223,7 @@ def test_another_folder_is_read_only_where_it_has_the_experiment(tmp_path: Path)
 def test_what_the_trainer_records_can_be_read(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, out = photographs(tmp_path_factory), tmp_path_factory.mktemp("run")
+    folder, out = image_folder(tmp_path_factory), tmp_path_factory.mktemp("run")
     use_tiny_network(monkeypatch)
     small = TINY.replace(name="bn-x5-seed-5", steps=4)
     train(small, folder, out, changed(eval_every=2, experiment="made-up"))

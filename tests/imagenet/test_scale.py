@@ -13,10 +13,8 @@ from imagenet_runs import (
     TinyNetwork,
     changed,
     finished,
-    photographs,
     ranks,
     tensors,
-    use_tiny_network,
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,7 +25,7 @@ from bnlib.imagenet import Recipe, checkpoint
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.evaluation.accuracy import load_network
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.scale import (
     SynchronousReplicas,
     linear_rate,
@@ -37,16 +35,6 @@ from bnlib.imagenet.scale import (
 from bnlib.imagenet.simulation import Simulation, simulate
 from bnlib.imagenet.training.loop import train
 from bnlib.imagenet.training.step import loss_of, seed_dropout
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory)
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +57,8 @@ def state_of(run: Simulation, steps: int) -> dict[str, Any]:
     )
 
 
-def real(recipe: Recipe, data: Path, out: Path, world: int, settings: Settings = QUIET) -> Any:
-    assert finished(*ranks(world, recipe, data, [out], settings)) == [0] * world
+def real(recipe: Recipe, data: Path, out: Path, world: int, options: Options = QUIET) -> Any:
+    assert finished(*ranks(world, recipe, data, [out], options)) == [0] * world
     return checkpoint.load(out)
 
 
@@ -97,12 +85,12 @@ def test_two_simulated_replicas_have_every_bit_of_two_processes(
 ) -> None:
     assert recipe.momentum > 0
     assert recipe.weight_decay > 0
-    ours = simulate(recipe, data, 2, statistics_batches=QUIET.statistics_batches)
+    ours = simulate(recipe, data, 2, statistics_batches=recipe.statistics_batches)
     theirs = real(recipe, data, tmp_path, 2)
     assert different(state_of(ours, recipe.steps), tensors(theirs)) == []
     evaluated = load_network(tmp_path)[0].state_dict()
     assert different(ours.network.state_dict(), evaluated) == []
-    one = simulate(recipe, data, 1, statistics_batches=QUIET.statistics_batches)
+    one = simulate(recipe, data, 1, statistics_batches=recipe.statistics_batches)
     names = different(state_of(one, recipe.steps), tensors(theirs))
     assert any("conv1.weight" in name for name in names), "replicas matter"
 
@@ -111,7 +99,7 @@ def test_two_simulated_replicas_of_bn_inception_have_every_bit_of_two_processes(
     data: Path, tmp_path: Path
 ) -> None:
     recipe = SMALL.replace(steps=2)
-    ours = simulate(recipe, data, 2, statistics_batches=QUIET.statistics_batches)
+    ours = simulate(recipe, data, 2, statistics_batches=recipe.statistics_batches)
     theirs = real(recipe, data, tmp_path, 2)
     assert different(state_of(ours, recipe.steps), tensors(theirs)) == []
     evaluated = load_network(tmp_path)[0].state_dict()
@@ -165,7 +153,7 @@ def test_micro_batches_learn_the_parameters_of_replicas_and_move_their_averages_
 ) -> None:
     recipe = TINY.replace(dropout=0.0)  # whose seeds differ
     ours = simulate(recipe, data, 2, statistics_batches=2).model
-    train(recipe, data, tmp_path, changed(accumulate=2))
+    train(recipe.replace(accumulate=2), data, tmp_path, QUIET)
     theirs = checkpoint.load(tmp_path)["model"]
     for name, value in ours.named_parameters():
         torch.testing.assert_close(theirs[name], value.detach(), atol=1e-6, rtol=1e-5)

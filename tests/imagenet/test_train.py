@@ -24,9 +24,7 @@ from imagenet_runs import (
     changed,
     finished,
     forked,
-    photographs,
     ranks,
-    use_tiny_network,
     wait_for_step,
 )
 from torch import Tensor, nn
@@ -38,20 +36,10 @@ from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.evaluation.accuracy import ensemble, load_network, probabilities
 from bnlib.imagenet.training.log import read_metrics
-from bnlib.imagenet.training.loop import _check_sync, train
+from bnlib.imagenet.training.loop import train
 from bnlib.imagenet.training.state import weight_decay_on_weights
 
 PLAIN = TINY.replace(normalization="none", dropout=0.0, photometric=0.0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photographs(tmp_path_factory)
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 class Watched:
@@ -113,10 +101,9 @@ def rows(out: Path, key: str) -> list[dict[str, Any]]:
 def test_every_recipe_trains_and_evaluates_photographs_end_to_end(
     name: str, data: Path, tmp_path: Path
 ) -> None:
-    scaled = {n: getattr(SMALL, n) for n in ("image_size", "num_classes", "batch_size", "shards")}
-    small = recipe(name).replace(steps=2, **scaled)
-    settings = changed(recompute=name == "bn-x5", eval_batch=5)
-    assert train(small, data, tmp_path, settings) == "finished"
+    names = ("image_size", "num_classes", "batch_size", "shards", "statistics_batches")
+    small = recipe(name).replace(steps=2, **{n: getattr(SMALL, n) for n in names})
+    assert train(small, data, tmp_path, changed(eval_batch=5)) == "finished"
     losses = [row["loss"] for row in rows(tmp_path, "loss")]
     assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
@@ -141,7 +128,7 @@ def test_training_learns_the_photographs_by_heart(
     easy = TINY.replace(
         batch_size=12, steps=150, min_area=0.9, photometric=0.0, dropout=0.0, learning_rate=0.2
     )
-    train(easy, data, tmp_path, changed(log_every=50, precision=precision))
+    train(easy.replace(precision=precision), data, tmp_path, changed(log_every=50))
     losses = [row["loss"] for row in rows(tmp_path, "loss")]
     assert losses[-1] < losses[0] < 1.5
     assert losses[-1] < 0.8
@@ -155,9 +142,8 @@ def test_without_normalization_micro_batches_give_the_whole_batchs_gradients(
     data: Path, tmp_path: Path, watched: Watched
 ) -> None:
     for accumulate in (1, 2, 4):
-        train(
-            PLAIN.replace(steps=1), data, tmp_path / f"{accumulate}", changed(accumulate=accumulate)
-        )
+        one = PLAIN.replace(steps=1, accumulate=accumulate)
+        train(one, data, tmp_path / f"{accumulate}", QUIET)
     whole, *parts = watched.gradients
     assert any(gradient.abs().max() > 1e-3 for gradient in whole)
     for some in parts:
@@ -171,7 +157,7 @@ def test_batch_normalization_normalizes_each_micro_batch_by_itself(
     data: Path, tmp_path: Path, watched: Watched
 ) -> None:
     normalized = TINY.replace(dropout=0.0, steps=1)
-    train(normalized, data, tmp_path, changed(accumulate=2))
+    train(normalized.replace(accumulate=2), data, tmp_path, QUIET)
     images, labels = first_batch(normalized, data)
     model = initial(normalized)
     parts = [
@@ -183,22 +169,6 @@ def test_batch_normalization_normalizes_each_micro_batch_by_itself(
     model = initial(normalized)
     whole = gradients(model, cross_entropy(model(images), labels))
     assert max((a - b).abs().max() for a, b in zip(whole, means, strict=True)) > 1e-3
-
-
-@pytest.mark.usefixtures("tiny")
-def test_the_auxiliary_classifiers_loss_is_added_with_its_weight(
-    data: Path, tmp_path: Path, watched: Watched
-) -> None:
-    two_heads = TINY.replace(dropout=0.0, steps=1, aux_head=True, aux_weight=0.25)
-    train(two_heads, data, tmp_path, QUIET)
-    images, labels = first_batch(two_heads, data)
-    model = initial(two_heads)
-    output = model(images)
-    main, auxiliary = (cross_entropy(logits, labels) for logits in output)
-    (row,) = rows(tmp_path, "loss")
-    assert row["loss"] == pytest.approx((main + 0.25 * auxiliary).item(), rel=1e-5)
-    expected = gradients(model, main + 0.25 * auxiliary)
-    torch.testing.assert_close(watched.gradients[0], expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -246,10 +216,7 @@ def test_the_l2_penalty_is_on_the_weights_of_convolutions_and_classifiers_only(
     normalization: str,
 ) -> None:
     with torch.device("meta"):
-        # two heads need larger images
-        model = SMALL.replace(
-            normalization=normalization, aux_head=True, image_size=128, stem="separable"
-        ).network()
+        model = SMALL.replace(normalization=normalization, stem="separable").network()
     weights, others = weight_decay_on_weights(model, 0.1)
     assert (weights["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -296,7 +263,7 @@ def test_without_averaging_the_checkpoint_has_no_average(data: Path, tmp_path: P
 def test_evaluation_normalizes_with_algorithm_2s_statistics_of_the_next_mini_batches(
     data: Path, tmp_path: Path
 ) -> None:
-    train(TINY, data, tmp_path, changed(statistics_batches=5))
+    train(TINY.replace(statistics_batches=5), data, tmp_path, QUIET)
     state = checkpoint.load(tmp_path)
     network = TinyNetwork(TINY)
     average = {k.removeprefix("module."): v for k, v in state["average"].items() if "." in k}
@@ -314,7 +281,7 @@ def test_evaluation_normalizes_with_algorithm_2s_statistics_of_the_next_mini_bat
 def test_evaluation_with_moving_averages_takes_those_of_training(
     data: Path, tmp_path: Path
 ) -> None:
-    train(TINY, data, tmp_path, changed(statistics="moving"))
+    train(TINY.replace(statistics="moving"), data, tmp_path, QUIET)
     state, evaluated = checkpoint.load(tmp_path)["model"], load_network(tmp_path)[0].state_dict()
     for layer, kind in itertools.product(("norm1", "norm2"), ("running_mean", "running_var")):
         assert torch.equal(evaluated[f"{layer}.{kind}"], state[f"{layer}.{kind}"])
@@ -325,8 +292,9 @@ def test_evaluation_with_moving_averages_takes_those_of_training(
 def test_an_evaluation_leaves_training_untouched(
     statistics: str, data: Path, tmp_path: Path
 ) -> None:
-    train(TINY, data, tmp_path / "none", QUIET)
-    train(TINY, data, tmp_path / "some", changed(eval_every=2, statistics=statistics))
+    chosen = TINY.replace(statistics=statistics)
+    train(chosen, data, tmp_path / "none", QUIET)
+    train(chosen, data, tmp_path / "some", changed(eval_every=2))
     assert [row["step"] for row in rows(tmp_path / "some", "evaluation")] == [2, 4, 6, 8]
     assert_same_end(tmp_path / "none", tmp_path / "some")
     losses = [[row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("none", "some")]
@@ -337,8 +305,8 @@ def test_an_evaluation_leaves_training_untouched(
 def test_two_processes_share_a_mini_batch_and_average_their_statistics(
     data: Path, tmp_path: Path
 ) -> None:
-    short = TINY.replace(steps=3, dropout=0.0)
-    assert finished(*ranks(2, short, data, [tmp_path], changed(statistics_batches=3))) == [0, 0]
+    short = TINY.replace(steps=3, dropout=0.0, statistics_batches=3)
+    assert finished(*ranks(2, short, data, [tmp_path], QUIET)) == [0, 0]
     state = checkpoint.load(tmp_path)
     average = {k.removeprefix("module."): v for k, v in state["average"].items() if "." in k}
     source, found = open_source(data, "train"), []
@@ -362,7 +330,8 @@ def test_without_normalization_two_processes_learn_what_one_learns(
     data: Path, tmp_path: Path
 ) -> None:
     train(PLAIN, data, tmp_path / "one", QUIET)
-    assert finished(*ranks(2, PLAIN, data, [tmp_path / "two"], changed(accumulate=2))) == [0, 0]
+    parts = PLAIN.replace(accumulate=2)
+    assert finished(*ranks(2, parts, data, [tmp_path / "two"], QUIET)) == [0, 0]
     one, two = (checkpoint.load(tmp_path / name)["model"] for name in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
     losses = [[row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("one", "two")]
@@ -381,8 +350,8 @@ def test_divergence_is_a_result_with_its_step_and_no_broken_checkpoint(
     verdicts = set()
     for log_every in (1, 4, 100):
         out = tmp_path / str(log_every)
-        settings = changed(log_every=log_every, save_every=1 if log_every == 1 else 1000)
-        verdict = train(WILD, data, out, settings)
+        options = changed(log_every=log_every, save_every=1 if log_every == 1 else 1000)
+        verdict = train(WILD, data, out, options)
         verdicts.add(verdict)
         assert verdict.startswith("diverged at step ")
         record = runs.read("imagenet", WILD.name, root=out / "recorded")
@@ -391,7 +360,7 @@ def test_divergence_is_a_result_with_its_step_and_no_broken_checkpoint(
         for path in checkpoint.checkpoints(out):
             weights = checkpoint.load(path)["model"].values()
             assert all(bool(weight.isfinite().all()) for weight in weights)
-        assert train(WILD, data, out, settings) == verdict, "the same again from a checkpoint"
+        assert train(WILD, data, out, options) == verdict, "the same again from a checkpoint"
     assert len(verdicts) == 1, "the step does not depend on how often one looks"
 
 
@@ -422,9 +391,8 @@ def test_a_normalized_network_whose_statistics_overflow_has_diverged(
     rate: float, statistics: str, data: Path, tmp_path: Path
 ) -> None:
     """Its loss can stay finite, as a variance of infinity makes activations 0."""
-    wild = TINY.replace(learning_rate=rate, steps=30)
-    settings = changed(statistics=statistics, eval_every=1, save_every=1)
-    verdict = train(wild, data, tmp_path, settings)
+    wild = TINY.replace(learning_rate=rate, steps=30, statistics=statistics)
+    verdict = train(wild, data, tmp_path, changed(eval_every=1, save_every=1))
     assert verdict.startswith("diverged at step ")
     record = runs.read("imagenet", wild.name, root=tmp_path / "recorded")
     assert record.manifest["verdict"] == verdict
@@ -446,18 +414,18 @@ def test_two_processes_agree_on_divergence(wild: Recipe, data: Path, tmp_path: P
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("recipe", "settings", "message"),
+    ("changes", "message"),
     [
-        (TINY, {"accumulate": 3}, "multiple of 3"),
-        (TINY.replace(batch_size=64), {}, "at most 36"),
-        (TINY.replace(num_classes=2), {}, "--num-classes 3"),
+        ({"accumulate": 3}, "multiple of 3"),
+        ({"batch_size": 64}, "at most 36"),
+        ({"num_classes": 2}, "--num-classes 3"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_the_remedy(
-    recipe: Recipe, settings: dict[str, Any], message: str, data: Path, tmp_path: Path
+def test_a_recipe_that_does_not_fit_is_refused_with_the_remedy(
+    changes: dict[str, Any], message: str, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train(recipe, data, tmp_path, changed(**settings))
+        train(TINY.replace(**changes), data, tmp_path, QUIET)
     assert checkpoint.checkpoints(tmp_path) == []
 
 
@@ -471,13 +439,13 @@ def test_a_gpu_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
 def test_synchronized_normalization_without_gpus_is_refused(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert finished(*ranks(2, TINY, data, [tmp_path], changed(sync_bn=True))) == [1, 1]
+    assert finished(*ranks(2, TINY.replace(sync_bn=True), data, [tmp_path], QUIET)) == [1, 1]
     assert "Leave --sync-bn out" in capfd.readouterr().err
 
 
-def test_synchronized_normalization_that_is_computed_again_is_refused() -> None:
-    with pytest.raises(ValueError, match="sync_bn and recompute exclude each other"):
-        _check_sync(TINY, changed(sync_bn=True, recompute=True), torch.device("cuda"))
+def test_synchronized_normalization_per_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="sync_bn cannot join statistics per activation"):
+        TINY.replace(sync_bn=True, normalization="per-activation-last")
 
 
 # Real photographs

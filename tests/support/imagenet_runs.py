@@ -11,29 +11,29 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_data import write_folder
+from images import write_folder
 from torch import Tensor, nn
 
 from bnlib.imagenet import Recipe, checkpoint, recipe
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.training.loop import train
-from bnlib.inception.architecture import WithAuxiliary
 
-SMALL = recipe("bn-x5").replace(image_size=32, num_classes=3, batch_size=4, steps=8, shards=6)
+SMALL = recipe("bn-x5").replace(
+    image_size=32, num_classes=3, batch_size=4, steps=8, shards=6, statistics_batches=2
+)
 TINY = SMALL.replace(dropout=0.3, polyak=0.9, seed=5, learning_rate=0.05)
-QUIET = Settings(
+QUIET = Options(
     device="cpu",
     workers=0,
     tensorboard=False,
     eval_every=0,
-    statistics_batches=2,
     save_every=1000,
     log_every=1,
 )
@@ -42,7 +42,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class TinyNetwork(nn.Module):
-    """Two convolutions with what training must get right: normalization, dropout, a second head."""
+    """Two convolutions with what training must get right: normalization and dropout."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -52,31 +52,26 @@ class TinyNetwork(nn.Module):
         self.norm2 = self._norm(recipe, 16)
         self.dropout = nn.Dropout(recipe.dropout)
         self.classifier = nn.Linear(16, recipe.num_classes)
-        self.aux = nn.Linear(8, recipe.num_classes) if recipe.aux_head else None
 
     @staticmethod
     def _norm(recipe: Recipe, channels: int) -> nn.Module:
         return nn.Identity() if recipe.normalization == "none" else nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor) -> Tensor | WithAuxiliary:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(self.conv1(x)).relu()
-        first = x.mean((2, 3))
         x = self.norm2(self.conv2(x)).relu().mean((2, 3))
-        logits = self.classifier(self.dropout(x))
-        if self.aux is not None and self.training:
-            return WithAuxiliary(logits, self.aux(first))
+        logits: Tensor = self.classifier(self.dropout(x))
         return logits
 
 
 def use_tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes stand for the tiny network, in this process and in those forked from it."""
-    monkeypatch.setattr(Recipe, "network", lambda self, recompute=False: TinyNetwork(self))
+    monkeypatch.setattr(Recipe, "network", lambda self: TinyNetwork(self))
 
 
-def photographs(factory: pytest.TempPathFactory) -> Path:
-    """A folder of photographs; and one step of training, so that forks find everything imported."""
-    folder = write_folder(factory.mktemp("photographs"))
-    torch.set_num_threads(1)
+def image_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder of images; and one step of training, so that forks find everything imported."""
+    folder = write_folder(factory.mktemp("images"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_tiny_network(monkeypatch)
         train(TINY.replace(steps=1), folder, factory.mktemp("warm"), QUIET)
@@ -84,8 +79,22 @@ def photographs(factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def changed(settings: Settings = QUIET, **changes: Any) -> Settings:
-    return Settings(**{**vars(settings), **changes})
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of images that no test may change."""
+    folder = image_folder(tmp_path_factory)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    yield folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_network(monkeypatch)
+
+
+def changed(options: Options = QUIET, **changes: Any) -> Options:
+    return Options(**{**vars(options), **changes})
 
 
 def tensors(state: Any, prefix: str = "") -> dict[str, Any]:
@@ -146,7 +155,7 @@ def finished(*processes: BaseProcess) -> list[int | None]:
 
 
 def ranks(
-    world: int, recipe: Recipe, data: Path, outs: Sequence[Path], settings: Settings
+    world: int, recipe: Recipe, data: Path, outs: Sequence[Path], options: Options
 ) -> list[BaseProcess]:
     """Start processes that train together, as torchrun does."""
     with socket.socket() as free:
@@ -156,7 +165,7 @@ def ranks(
     def work(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        train(recipe, data, outs[rank % len(outs)], settings)
+        train(recipe, data, outs[rank % len(outs)], options)
 
     return [forked(lambda rank=rank: work(rank)) for rank in range(world)]  # type: ignore[misc]
 
