@@ -20,7 +20,7 @@ diverged, which is recorded as a result (torchrun makes 1 of it)
 
 def _train(argv: list[str]) -> int:
     from bnlib.imagenet import ENSEMBLE, RECIPES, fields, recipe
-    from bnlib.imagenet.options import Settings
+    from bnlib.imagenet.options import Options
     from bnlib.imagenet.recipes import add_arguments, from_arguments
     from bnlib.imagenet.training.loop import train
 
@@ -35,16 +35,16 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, ImageNet's "
                         "archives, a packed copy, or hf:NAME")  # fmt: skip
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/RECIPE)")
-    fields.add_arguments(parser, Settings, "how to run it")
+    fields.add_arguments(parser, Options, "how to run it")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
         chosen = from_arguments(recipe(arguments.recipe), arguments)
-        settings = Settings(**fields.given(Settings, arguments))
+        options = Options(**fields.given(Options, arguments))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     out = arguments.out or Path("runs") / chosen.name
-    verdict = train(chosen, arguments.data, out, settings)
+    verdict = train(chosen, arguments.data, out, options)
     _say(f"{chosen.name}: {verdict}")
     return DIVERGED if verdict.startswith("diverged") else FINISHED
 
@@ -79,7 +79,7 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
 
 

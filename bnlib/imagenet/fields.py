@@ -11,12 +11,12 @@ from typing import Any, get_type_hints
 
 __all__ = ["add_arguments", "check", "given", "option"]
 
-_WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _HOLDS: dict[str, Callable[[Any, float], bool]] = {
-    "least": lambda value, limit: value >= limit,
-    "above": lambda value, limit: value > limit,
-    "most": lambda value, limit: value <= limit,
-    "below": lambda value, limit: value < limit,
+    "ge": lambda value, limit: value >= limit,
+    "gt": lambda value, limit: value > limit,
+    "le": lambda value, limit: value <= limit,
+    "lt": lambda value, limit: value < limit,
 }
 
 
@@ -26,13 +26,16 @@ def option(
     source: str = "",
     *,
     choices: tuple[Any, ...] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
-    """A dataclass field: what it is, where its value comes from, and what it may be."""
-    limits = {"least": least, "above": above, "most": most, "below": below}
+    """A dataclass field: what it is, where its value comes from, and what it may be.
+
+    ``ge``, ``gt``, ``le`` and ``lt`` are its limits, as in comparisons: greater or equal, ...
+    """
+    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     limits = {word: limit for word, limit in limits.items() if limit is not None}
     metadata = {"help": help, "source": source, "choices": choices, "limits": limits}
     return field(default=default, metadata=metadata)

@@ -39,7 +39,7 @@ from bnlib.imagenet.data.source import SourceError
 from bnlib.imagenet.evaluation.crops import CROPS
 from bnlib.imagenet.evaluation.predictions import record_probabilities, run_name
 from bnlib.imagenet.fields import option
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.recipes import ENSEMBLE, RECIPES, Recipe
 from bnlib.imagenet.training.loop import train
 
@@ -70,14 +70,14 @@ class Miniature:
         If a value has the wrong type or is out of range.
     """
 
-    image_size: int = option(32, "height and width of a crop, pixels", least=32)
-    steps: int = option(800, "training steps of every network", least=10)
+    image_size: int = option(32, "height and width of a crop, pixels", ge=32)
+    steps: int = option(800, "training steps of every network", ge=10)
     rate: float = option(
-        0.006, "learning rate in place of the paper's 0.0015: the sweep's best", above=0
+        0.006, "learning rate in place of the paper's 0.0015: the sweep's best", gt=0
     )
     stem_stride: int = option(4, "stride of the stem; the paper's is 8", choices=(8, 4))
     rates: str = option("0.003 0.006 0.012 0.024", "learning rates of the sweep")
-    seeds: int = option(3, "seeds of every network", least=1)
+    seeds: int = option(3, "seeds of every network", ge=1)
     experiment: str = option("imagenet-miniature", "where the runs are recorded, in data/runs")
 
     def __post_init__(self) -> None:
@@ -114,6 +114,7 @@ class Miniature:
             stem_stride=self.stem_stride,
             num_classes=classes,
             steps=self.steps,
+            statistics_batches=20,
             shards=max(1, images * recipe.shards // 1_281_167),
             learning_rate=recipe.learning_rate * self.rate / _PAPER_RATE,
             lr_decay_epochs=recipe.lr_decay_epochs * epochs / _PAPER_EPOCHS,
@@ -224,28 +225,28 @@ def prepare(tiny: Path, data: Path, classes: int = 20) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _record(task: tuple[Recipe, str, Path, Settings, Path]) -> str:
+def _record(task: tuple[Recipe, str, Path, Options, Path]) -> str:
     """Train one network, unless that is recorded already."""
-    recipe, data, out, settings, root = task
-    if (root / settings.experiment / recipe.name / "manifest.json").is_file():
+    recipe, data, out, options, root = task
+    if (root / options.experiment / recipe.name / "manifest.json").is_file():
         return f"{recipe.name}: recorded before"
     torch.set_num_threads(1)
-    verdict = train(recipe, data, out / recipe.name, settings)
+    verdict = train(recipe, data, out / recipe.name, options)
     if not verdict.startswith("stopped"):
         shutil.copytree(out / recipe.name / "recorded", root, dirs_exist_ok=True)
     return f"{recipe.name}: {verdict}"
 
 
-def _predict(task: tuple[str, int, Path, str, Settings, Path]) -> str:
+def _predict(task: tuple[str, int, Path, str, Options, Path]) -> str:
     """Record what one trained network says of the held-out images, unless that is done already."""
-    name, crops, out, data, settings, root = task
+    name, crops, out, data, options, root = task
     recorded = run_name(name, crops)
-    if (root / settings.experiment / recorded / "manifest.json").is_file():
+    if (root / options.experiment / recorded / "manifest.json").is_file():
         return f"{recorded}: recorded before"
     if not (out / name / "network.pt").is_file():
         return f"{recorded}: {out / name} has no network.pt; train it first"
     torch.set_num_threads(1)
-    record_probabilities(out / name, data, crops, settings.experiment, root, device=settings.device)
+    record_probabilities(out / name, data, crops, options.experiment, root, device=options.device)
     return f"{recorded}: finished"
 
 
@@ -270,11 +271,10 @@ def main() -> None:
         prepare(arguments.tiny, Path(arguments.data), arguments.classes)
     miniature = Miniature(**fields.given(Miniature, arguments))
     source = open_source(arguments.data, "train")
-    settings = Settings(
+    options = Options(
         device=arguments.device,
         workers=0,
         eval_every=max(1, miniature.steps // 10),
-        statistics_batches=20,
         save_every=max(1, miniature.steps // 3),
         keep=1,
         log_every=max(1, miniature.steps // 20),
@@ -284,7 +284,7 @@ def main() -> None:
     root = arguments.root or runs.data_folder() / "runs"
     sizes = len(source), len(source.classes)
     tasks = [
-        (recipe, arguments.data, arguments.out, settings, root)
+        (recipe, arguments.data, arguments.out, options, root)
         for what in arguments.what
         if what in RECORDINGS
         for recipe in RECORDINGS[what](miniature, *sizes)
@@ -293,7 +293,7 @@ def main() -> None:
     wanted = [(recipe.name, crops) for crops in CROPS for recipe in miniature.members(*sizes)]
     wanted += [(f"bn-x5-seed-{seed}", 1) for seed in range(miniature.seeds)]  # to compare with
     predictions = [
-        (name, crops, arguments.out, arguments.data, settings, root)
+        (name, crops, arguments.out, arguments.data, options, root)
         for name, crops in wanted
         if "crops" in arguments.what
     ]

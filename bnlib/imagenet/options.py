@@ -1,5 +1,5 @@
-"""How a recipe is run on a machine: everything that changes the speed and the reports, hardly the
-result.  What determines the result is the recipe."""
+"""Runtime options: where and how fast a recipe is run, and what is written.  They change no number
+of the result; what does is the recipe."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from bnlib.imagenet import fields
 from bnlib.imagenet.fields import option
 from bnlib.runs import check_name
 
-__all__ = ["Settings"]
+__all__ = ["Options"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     """How to run; one flag of ``python -m bnlib train`` for each field.
+
+    Every field may be changed between a run and its resumption.  ``device`` and ``compile`` change
+    the order of floating-point operations, and with it the rounding of the results.
 
     Raises
     ------
@@ -23,37 +26,13 @@ class Settings:
     """
 
     device: str = option("auto", "cpu, cuda or auto: a GPU where there is one")
-    precision: str = option(
-        "auto",
-        "bf16: autocast of convolutions and the classifier; float32; auto: bf16 on a GPU",
-        choices=("auto", "bf16", "float32"),
-    )
-    compile: bool = option(False, "torch.compile the network")
-    accumulate: int = option(
-        1,
-        "micro-batches that a mini-batch is computed in, one after another; batch normalization "
-        "then normalizes each micro-batch by itself",
-        least=1,
-    )
-    sync_bn: bool = option(
-        False, "batch normalization over all processes; else each process over its own share"
-    )
-    workers: int = option(2, "processes that prepare mini-batches", least=0)
-    eval_every: int = option(
-        10_000, "steps between evaluations; 0 for none before the end", least=0
-    )
-    statistics: str = option(
-        "population",
-        "what evaluation normalizes with: population statistics (Algorithm 2) or moving averages",
-        choices=("population", "moving"),
-    )
-    statistics_batches: int = option(
-        200, "training mini-batches that population statistics are taken over", least=1
-    )
-    eval_batch: int = option(100, "images of an evaluation batch", least=1)
-    save_every: int = option(2000, "steps between checkpoints", least=1)
-    keep: int = option(3, "checkpoints that are kept", least=1)
-    log_every: int = option(100, "steps between two lines of metrics", least=1)
+    compile: bool = option(False, "torch.compile the network; this changes rounding only")
+    workers: int = option(2, "processes that prepare mini-batches", ge=0)
+    eval_every: int = option(10_000, "steps between evaluations; 0 for none before the end", ge=0)
+    eval_batch: int = option(100, "images of an evaluation batch", ge=1)
+    save_every: int = option(2000, "steps between checkpoints", ge=1)
+    keep: int = option(3, "checkpoints that are kept", ge=1)
+    log_every: int = option(100, "steps between two lines of metrics", ge=1)
     tensorboard: bool = option(True, "write TensorBoard's files too, where it is installed")
     experiment: str = option("imagenet", "folder of the recorded run, in recorded/")
     adapt: bool = option(

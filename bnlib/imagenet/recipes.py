@@ -1,4 +1,4 @@
-"""The networks of section 4.2 as recipes: everything that determines a training run.
+"""The networks of section 4.2 as recipes: everything that determines the numbers of a run.
 
 A :class:`Recipe` is a frozen dataclass. Every field says in its metadata what it is and where its
 value comes from: ``paper, ...`` for what the paper states, ``reconstruction: ...`` for what it
@@ -25,7 +25,10 @@ __all__ = ["ENSEMBLE", "RECIPES", "Recipe", "add_arguments", "from_arguments", "
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run; the defaults are the paper's Inception.
+    """Everything that determines the numbers of a run; the defaults are the paper's Inception.
+
+    Besides it only the images, the number of processes and the rounding of the machine do.  What
+    changes no number is in :class:`bnlib.imagenet.options.Options`.
 
     ``dataclasses.fields(Recipe)`` lists the fields; ``metadata["help"]`` of each says what it is,
     ``metadata["source"]`` where the value comes from, field by field.
@@ -68,8 +71,8 @@ class Recipe:
         1.0,
         "factor on every channel count of Figure 5, for small trials",
         "paper, Figure 5: 1",
-        above=0,
-        most=4,
+        gt=0,
+        le=4,
     )
     pool_proj_4cd: int = option(
         96,
@@ -88,70 +91,90 @@ class Recipe:
         0.4,
         "probability of dropping a feature before the classifier",
         "paper, sections 4.2.1 (removed) and 4.2.3 (40% in Inception, 5% or 10% in the ensemble)",
-        least=0,
-        below=1,
+        ge=0,
+        lt=1,
     )
     init_scale: float = option(
         1.0,
         "factor on the convolutions' initial weights",
         "paper, section 4.2.3: larger in some networks of the ensemble; reconstruction: how much",
-        above=0,
+        gt=0,
     )
     image_size: int = option(
-        224, "height and width of a training crop, pixels", "paper, Figures 4 and 5", least=32
+        224, "height and width of a training crop, pixels", "paper, Figures 4 and 5", ge=32
     )
-    num_classes: int = option(1000, "classes", "paper, section 4.2", least=2)
+    num_classes: int = option(1000, "classes", "paper, section 4.2", ge=2)
     batch_size: int = option(
-        32, "examples of a mini-batch, over all processes together", "paper, section 4.2", least=1
+        32, "examples of a mini-batch, over all processes together", "paper, section 4.2", ge=1
+    )
+    accumulate: int = option(
+        1,
+        "micro-batches that a process computes its share of the mini-batch in, one after another; "
+        "batch normalization normalizes each micro-batch by itself",
+        "reconstruction: none; it takes less memory",
+        ge=1,
+    )
+    sync_bn: bool = option(
+        False,
+        "batch normalization over the mini-batches of all processes together, on GPUs; otherwise "
+        "each process normalizes its own",
+        "reconstruction: each its own, as the paper states no exchange between workers",
+    )
+    precision: str = option(
+        "float32",
+        "of the forward passes in training: float32, or bf16 for autocast of convolutions and the "
+        "classifier; evaluation is in float32",
+        "reconstruction: not stated",
+        choices=("float32", "bf16"),
     )
     learning_rate: float = option(
         0.0015,
         "initial learning rate",
         "paper, Figure 3: 0.0015; times 5 and times 30 for the faster networks",
-        above=0,
+        gt=0,
     )
     momentum: float = option(
         0.9,
         "momentum of SGD",
         "paper, section 4.2: momentum; reconstruction: its value is GoogLeNet's",
-        least=0,
-        below=1,
+        ge=0,
+        lt=1,
     )
     weight_decay: float = option(
         2e-4,
         "weight of the L2 penalty",
         "paper, section 4.2.1: a fifth with batch normalization; reconstruction: the base value is "
         "that of the published GoogLeNet port in Caffe",
-        least=0,
+        ge=0,
     )
     lr_decay: float = option(
         0.96,
         "factor on the learning rate every lr_decay_epochs",
         "paper, section 4.2.1: exponential; reconstruction: the factor is GoogLeNet's",
-        above=0,
-        most=1,
+        gt=0,
+        le=1,
     )
     lr_decay_epochs: float = option(
         8.0,
         "epochs between two decays of the learning rate",
         "paper, section 4.2.1: six times faster with batch normalization; reconstruction: the base "
         "value is GoogLeNet's",
-        above=0,
+        gt=0,
     )
     steps: int = option(
         31_000_000,
         "training steps",
         "paper, Figure 3: Inception's steps to 72.2%, and section 4.2.2: BN-x30's to its maximum; "
         "reconstruction: the others train as long as the one of these two that they resemble",
-        least=1,
-        below=10**9,  # the digits of a checkpoint's name
+        ge=1,
+        lt=10**9,  # the digits of a checkpoint's name
     )
     polyak: float = option(
         0.9999,
         "decay of the averaged weights per step; 0 for no averaging",
         "reconstruction: GoogLeNet averaged its weights, at a rate that it does not state",
-        least=0,
-        below=1,
+        ge=0,
+        lt=1,
     )
     within_shard_shuffling: bool = option(
         False, "shuffle within the shards too, not only the shards", "paper, section 4.2.1"
@@ -160,40 +183,57 @@ class Recipe:
         1024,
         "shards that the training set lies in",
         "reconstruction: the paper does not state the number; about 1250 images a shard",
-        least=1,
+        ge=1,
     )
     photometric: float = option(
         1.0,
         "strength of the photometric distortions: 1 full, 0 none",
         "paper, section 4.2.1: reduced with batch normalization; reconstruction: the distortions "
         "are Howard's (2013), as in GoogLeNet, and reduced means half",
-        least=0,
-        most=1,
+        ge=0,
+        le=1,
     )
     min_area: float = option(
         0.08,
-        "smallest area of a training crop, as a fraction of the photograph",
+        "smallest area of a training crop, as a fraction of the image",
         "reconstruction: GoogLeNet's",
-        above=0,
-        most=1,
+        gt=0,
+        le=1,
     )
     max_aspect: float = option(
         4 / 3,
         "greatest aspect ratio of a training crop; the smallest is its inverse",
         "reconstruction: GoogLeNet's",
-        least=1,
+        ge=1,
+    )
+    statistics: str = option(
+        "population",
+        "what evaluation normalizes with: population statistics (Algorithm 2) or moving averages",
+        "paper, section 3.1 and Algorithm 2",
+        choices=("population", "moving"),
+    )
+    statistics_batches: int = option(
+        200,
+        "training mini-batches that population statistics are taken over",
+        "reconstruction: the paper does not state the number",
+        ge=1,
     )
     seed: int = option(
         0,
         "seed of the weights, the order and the augmentation",
         "reconstruction: not stated",
-        least=0,
-        below=2**63,
+        ge=0,
+        lt=2**63,
     )
 
     def __post_init__(self) -> None:
         fields.check(self)
         check_name(self.name)
+        if self.sync_bn and self.normalization == "per-activation-last":
+            raise ValueError(
+                "sync_bn cannot join statistics per activation (normalization is "
+                "'per-activation-last'). Leave --sync-bn out"
+            )
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other values.

@@ -36,7 +36,7 @@ from bnlib.imagenet.checkpoint import alone
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.source import Source, check_classes
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.processes import Processes, processes
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.log import Metrics
@@ -49,7 +49,7 @@ _LOGGER = logging.getLogger(__name__)
 _NEVER = 2**62
 
 
-def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings) -> str:
+def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -> str:
     """Train a recipe's network, resuming what stands in ``out``.
 
     Parameters
@@ -62,8 +62,8 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         The run's folder: ``step-*.pt`` checkpoints, ``network.pt`` (for inference, as last
         evaluated), ``metrics.jsonl``, ``tensorboard/``, and at the end ``recorded/`` (a recorded
         run, :mod:`bnlib.runs`).
-    settings
-        How to run it here.
+    options
+        Where and how fast to run it, and what to write.
 
     Returns
     -------
@@ -77,26 +77,26 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         If the checkpoint in ``out`` is of another recipe, data set or number of processes, or
         another process trains there.
     ValueError, SourceError, DamagedImage
-        If recipe, settings and data do not fit each other or the machine.
+        If recipe, options and data do not fit each other or the machine.
     """
     out = Path(out)
     with (
-        processes(settings.device) as group,
+        processes(options.device) as group,
         _stop_signals() as stop,
         contextlib.ExitStack() as stack,
     ):
         device = group.device
         source, held_out = _open(data, "train", group), _open(data, "val", group)
         _check_classes(recipe, source, held_out, group)
-        micro_batches = _micro_batches(recipe, settings, group)
+        micro_batches = _micro_batches(recipe, group)
 
         if device.type == "cuda":  # all mini-batches have one shape: the search pays
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(recipe.seed)
         model: nn.Module = recipe.network()
         model = model.to(device).to(memory_format=torch.channels_last)
-        if settings.sync_bn and group.world > 1:
-            _check_sync(recipe, settings, device)
+        if recipe.sync_bn and group.world > 1:
+            _check_sync(device)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         average = AveragedModel(model) if recipe.polyak else None
         optimizer = torch.optim.SGD(
@@ -104,7 +104,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
         )
-        run = Run(recipe, settings, group, out, source, held_out, model, average, optimizer)
+        run = Run(recipe, options, group, out, source, held_out, model, average, optimizer)
         if group.first:
             stack.enter_context(alone(out))
         run.resume()
@@ -112,7 +112,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
         network: nn.Module = model
         if group.world > 1:
             network = nn.parallel.DistributedDataParallel(network)
-        if settings.compile:
+        if options.compile:
             network.compile()
         stream = batches(
             source,
@@ -120,10 +120,10 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             start_step=run.step,
             rank=group.rank,
             world=group.world,
-            workers=settings.workers,
+            workers=options.workers,
             device=device,
         )
-        metrics = Metrics(out, run.step, settings.tensorboard) if group.first else None
+        metrics = Metrics(out, run.step, options.tensorboard) if group.first else None
         bar = tqdm(
             total=recipe.steps,
             initial=run.step,
@@ -136,7 +136,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
 
         while True:
             ending = run.step >= recipe.steps
-            if not evaluated and (ending or _is_due(settings.eval_every, run.step)):
+            if not evaluated and (ending or _is_due(options.eval_every, run.step)):
                 result = run.evaluate()
                 if result is None:
                     return run.finish(f"diverged at step {run.step}", metrics, bar)
@@ -174,10 +174,10 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, settings: Settings)
             bar.update()
 
             ending = run.step == recipe.steps
-            logging_now = ending or _is_due(settings.log_every, run.step)
+            logging_now = ending or _is_due(options.log_every, run.step)
             # before an evaluation too, as it takes long and may fail
             saving_now = ending or any(
-                _is_due(every, run.step) for every in (settings.save_every, settings.eval_every)
+                _is_due(every, run.step) for every in (options.save_every, options.eval_every)
             )
             if logging_now or saving_now:
                 worst = _diverged_at(first_bad, run)
@@ -239,31 +239,26 @@ def _diverged_at(first_bad: Tensor, run: Run) -> int:
     return -int(run.group.greatest(-found))
 
 
-def _micro_batches(recipe: Recipe, settings: Settings, group: Processes) -> int:
-    parts = group.world * settings.accumulate
+def _micro_batches(recipe: Recipe, group: Processes) -> int:
+    parts = group.world * recipe.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
             f"a mini-batch of {recipe.batch_size} cannot be divided among {group.world} processes "
-            f"with {settings.accumulate} micro-batches each; set --batch-size to a multiple of "
+            f"with {recipe.accumulate} micro-batches each; set --batch-size to a multiple of "
             f"{parts}"
         )
     if parts > 1 and recipe.normalization != "none" and group.first:
-        joined = settings.sync_bn and group.world > 1
-        examples = recipe.batch_size // (settings.accumulate if joined else parts)
+        joined = recipe.sync_bn and group.world > 1
+        examples = recipe.batch_size // (recipe.accumulate if joined else parts)
         _LOGGER.info("batch normalization is over %d examples of %d", examples, recipe.batch_size)
-    return settings.accumulate
+    return recipe.accumulate
 
 
-def _check_sync(recipe: Recipe, settings: Settings, device: torch.device) -> None:
+def _check_sync(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
             f"sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is {device}. Leave "
             "--sync-bn out"
-        )
-    if recipe.normalization == "per-activation-last":
-        raise ValueError(
-            "sync_bn cannot join statistics per activation (normalization is "
-            "'per-activation-last'). Leave --sync-bn out"
         )
 
 

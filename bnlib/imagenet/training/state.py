@@ -25,7 +25,7 @@ from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.source import Source
 from bnlib.imagenet.evaluation.accuracy import Accuracy, count_right, score
 from bnlib.imagenet.evaluation.held_out import evaluation_batches
-from bnlib.imagenet.options import Settings
+from bnlib.imagenet.options import Options
 from bnlib.imagenet.processes import Processes
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.log import Metrics, read_metrics
@@ -62,7 +62,7 @@ class Run:
     """
 
     recipe: Recipe
-    settings: Settings
+    options: Options
     group: Processes
     out: Path
     source: Source
@@ -79,16 +79,9 @@ class Run:
         self._clock = time.perf_counter()
         self.fingerprint = self.source.fingerprint()
 
-    @property
-    def precision(self) -> str:
-        """bf16 or float32."""
-        if self.settings.precision != "auto":
-            return self.settings.precision
-        return "bf16" if self.group.device.type == "cuda" else "float32"
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Where forward passes happen."""
-        bf16 = self.precision == "bf16"
+        bf16 = self.recipe.precision == "bf16"
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=bf16)
 
     def is_finite(self) -> bool:
@@ -101,9 +94,6 @@ class Run:
             "recipe": self.recipe.to_json(),
             "data": self.fingerprint,
             "processes": self.group.world,
-            "accumulate": self.settings.accumulate,
-            "sync_bn": self.settings.sync_bn,
-            "precision": self.precision,
         }
 
     def save(self, must: bool) -> None:
@@ -121,7 +111,7 @@ class Run:
             "classes": self.source.classes,
         }
         try:
-            checkpoint.save(self.out, state, self.settings.keep)
+            checkpoint.save(self.out, state, self.options.keep)
         except OSError as error:
             if must:
                 raise
@@ -148,7 +138,7 @@ class Run:
         if state is None:
             return
         differences = _differences(state, self._identity())
-        if differences and not self.settings.adapt:
+        if differences and not self.options.adapt:
             listed = "\n".join(f"  {line}" for line in differences)
             raise checkpoint.CheckpointError(
                 f"the checkpoint in {self.out} is of another run:\n{listed}\n"
@@ -186,25 +176,24 @@ class Run:
 
         None if the statistics of the population are not finite: the network has diverged.
         """
-        started, settings, group = time.perf_counter(), self.settings, self.group
+        started, recipe, options, group = time.perf_counter(), self.recipe, self.options, self.group
         trained = self.average.module if self.average is not None else self.model
         network = copy.deepcopy(trained)
         if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-            if settings.statistics == "population":
+            if recipe.statistics == "population":
                 stream = batches(
                     self.source,
                     self.recipe,
                     start_step=self.step,
                     rank=group.rank,
                     world=group.world,
-                    workers=settings.workers,
+                    workers=options.workers,
                     device=group.device,
                 )
-                some = (next(stream)[1] for _ in range(settings.statistics_batches))
+                some = (next(stream)[1] for _ in range(recipe.statistics_batches))
                 overflow = torch.zeros((), device=group.device)
                 try:
-                    with self.autocast():
-                        population_statistics(network, some)
+                    population_statistics(network, some)
                 except DamagedImage:
                     raise
                 except ValueError as error:  # what else it refuses, training has refused before
@@ -219,14 +208,13 @@ class Run:
             self.held_out,
             size,
             round(size * 8 / 7),
-            settings.eval_batch,
+            options.eval_batch,
             rank=group.rank,
             world=group.world,
-            workers=settings.workers,
+            workers=options.workers,
             device=group.device,
         )
-        with self.autocast():
-            counts = count_right(network, images, group.device)
+        counts = count_right(network, images, group.device)
         result = score(group.sum(counts))
         if group.first:
             buffer = io.BytesIO()
@@ -266,12 +254,12 @@ class Run:
         columns = list(zip(*lines, strict=True)) or [()] * 5
         names = ("step", "part", "cross_entropy_nats", "top1", "top5")
         runs.write(
-            self.settings.experiment,
+            self.options.experiment,
             self.recipe.name,
             dict(zip(names, columns, strict=True)),
             configuration={
                 "recipe": dataclasses.asdict(self.recipe),
-                "settings": dataclasses.asdict(self.settings),
+                "options": dataclasses.asdict(self.options),
                 "processes": self.group.world,
             },
             seed=self.recipe.seed,

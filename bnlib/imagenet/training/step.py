@@ -1,5 +1,5 @@
-"""Pieces of one training step that the loop (:mod:`bnlib.imagenet.training.loop`) and its simulation
-(:mod:`bnlib.imagenet.simulation`) share, so that they cannot differ in them."""
+"""Pieces of one training step that the loop (:mod:`bnlib.imagenet.training.loop`) and its
+simulation (:mod:`bnlib.imagenet.simulation`) share, so that they cannot differ in them."""
 
 from __future__ import annotations
 
