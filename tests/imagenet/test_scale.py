@@ -11,7 +11,6 @@ from imagenet_runs import (
     SMALL,
     TINY,
     TinyNetwork,
-    changed,
     finished,
     ranks,
     tensors,
@@ -77,8 +76,8 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     "recipe",
-    [TINY, TINY.replace(aux_head=True, polyak=0.0, weight_decay=0.1, seed=11)],
-    ids=["dropout and averaged weights", "auxiliary classifier"],
+    [TINY, TINY.replace(polyak=0.0, weight_decay=0.1, seed=11)],
+    ids=["dropout and averaged weights", "without averaging"],
 )
 def test_two_simulated_replicas_have_every_bit_of_two_processes(
     recipe: Recipe, data: Path, tmp_path: Path
@@ -141,7 +140,7 @@ def quarter_gradients(model: nn.Module, recipe: Recipe, data: Path) -> list[dict
         seed_dropout(recipe, 0, rank)
         model.zero_grad()
         output = model(images.to(memory_format=torch.channels_last))
-        loss_of(output, labels, recipe.aux_weight)[1].backward()
+        loss_of(output, labels)[1].backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append({name: gradient / 4 for name, gradient in gradients.items()})
     return found

@@ -98,7 +98,7 @@ def rows(out: Path, key: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "bn-x30-member-6"])
-def test_every_recipe_trains_and_evaluates_photographs_end_to_end(
+def test_every_recipe_trains_and_evaluates_images_end_to_end(
     name: str, data: Path, tmp_path: Path
 ) -> None:
     names = ("image_size", "num_classes", "batch_size", "shards", "statistics_batches")
@@ -122,7 +122,7 @@ def test_every_recipe_trains_and_evaluates_photographs_end_to_end(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_training_learns_the_photographs_by_heart(
+def test_training_learns_the_images_by_heart(
     precision: str, data: Path, tmp_path: Path, tiny: None
 ) -> None:
     easy = TINY.replace(
@@ -448,7 +448,7 @@ def test_synchronized_normalization_per_activation_is_refused() -> None:
         TINY.replace(sync_bn=True, normalization="per-activation-last")
 
 
-# Real photographs
+# Real images
 
 
 def taken(path: Path, split: str, each: int) -> Iterator[tuple[str, bytes]]:
@@ -482,7 +482,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_real_photographs_train_survive_a_kill_and_are_evaluated(
+def test_real_images_train_survive_a_kill_and_are_evaluated(
     real: Path, data: Path, tmp_path: Path
 ) -> None:
     source, held_out = open_source(real, "train"), open_source(real, "val")
