@@ -25,14 +25,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bnlib.imagenet import recipe
-from bnlib.imagenet.data import augment, jpeg, pack
+from bnlib.imagenet.data import augment, pack
 from bnlib.imagenet.data import decode as decoding
 from bnlib.imagenet.data.decode import DamagedImage, Encoded, decode
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.order import Order, generator, local_positions, steps_per_epoch
 from bnlib.imagenet.data.source import SourceError
-from bnlib.imagenet.evaluation.held_out import evaluation_batches
 
 SMALL = recipe("bn-x5").replace(image_size=32, num_classes=3, batch_size=8, shards=6, seed=7)
 
@@ -357,35 +356,6 @@ def test_a_huge_image_is_refused_before_it_is_decoded() -> None:
         assert decode(data).shape == (3, 3000, 4000)
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("restart_rows", [1, 2, 0])
-def test_a_band_of_a_jpeg_has_the_pixels_of_the_whole(subsampling: int, restart_rows: int) -> None:
-    image = synthetic(5, 90, 211)
-    data = encoded(image, quality=90, subsampling=subsampling, restart_marker_rows=restart_rows)
-    header = jpeg.read_header(data)
-    assert header is not None
-    assert (header.width, header.height, header.restart_rows) == (90, 211, restart_rows)
-    whole, shorter = decode(data), 0
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        top = int(rng.integers(211))
-        bottom = int(rng.integers(top, 211)) + 1
-        part, first = jpeg.band(data, header, top, bottom)
-        shorter += len(part) < len(data)
-        pixels = decode(part)
-        assert torch.equal(pixels[:, top - first : bottom - first], whole[:, top:bottom])
-    assert shorter > 20 if restart_rows else shorter == 0
-
-
-def test_gray_jpegs_have_bands_too() -> None:
-    data = encoded(synthetic(5, 90, 211).convert("L"), restart_marker_rows=1)
-    header = jpeg.read_header(data)
-    assert header is not None
-    part, first = jpeg.band(data, header, 100, 120)
-    assert len(part) < len(data) / 2
-    assert torch.equal(decode(part)[:, 100 - first : 120 - first], decode(data)[:, 100:120])
-
-
 @pytest.mark.parametrize("size", [150, 64, 30])
 def test_a_crop_is_that_of_torchvision_at_full_or_reduced_scale(
     size: int, either_decoder: str
@@ -655,7 +625,6 @@ def test_making_batches_draws_nothing_from_the_global_generators(folder: Path) -
     torch.manual_seed(0)
     np.random.seed(0)
     first(batches(source, SMALL, workers=1), 2)
-    list(evaluation_batches(open_source(folder, "val"), 32, 36, 8))
     assert torch.equal(torch.rand(3), expected[0])
     assert (np.random.rand(3) == expected[1]).all()
 
@@ -716,39 +685,6 @@ def test_more_classes_than_the_recipe_has_are_refused(folder: Path) -> None:
         batches(open_source(folder, "train"), SMALL.replace(num_classes=2))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_shows_the_middle_of_every_photograph_once(folder: Path, workers: int) -> None:
-    from torchvision.transforms import v2
-
-    source = open_source(folder, "val")
-    made = list(evaluation_batches(source, 48, 56, 5, workers=workers))
-    assert [len(labels) for _, labels in made] == [5, 5, 2]
-    images = torch.cat([images for images, _ in made])
-    assert torch.cat([labels for _, labels in made]).tolist() == source.labels.tolist()
-    transform = v2.Compose(
-        [
-            v2.Resize(56),
-            v2.CenterCrop(48),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    theirs = torch.stack([transform(reference(source[i].data)) for i in range(len(source))])
-    assert (images - theirs).abs().mean() < 0.01
-
-
-def test_evaluation_is_divided_among_processes_and_counts_what_is_damaged(
-    folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy" / "val" / "bee" / "001.JPEG").write_bytes(b"")
-    source = open_source(tmp_path / "copy", "val")
-    made = [evaluation_batches(source, 32, 36, 4, rank=rank, world=2) for rank in (0, 1)]
-    counts = [sum(len(labels) for _, labels in each) for each in made]
-    assert counts == [6, 5]
-    assert [list(each.damaged) for each in made] == [[], ["bee/001.JPEG"]]
-
-
 UNFINISHED = """
 import os, signal, sys
 from bnlib.imagenet import recipe
@@ -794,7 +730,6 @@ def test_the_packed_copy_has_the_same_photographs_made_smaller(folder: Path, pac
             assert min(after.width, after.height) == 64
             expected = before.resize_shorter(64).float()
             assert (after.decode().float() - expected).abs().mean() < 4
-    assert jpeg.read_header(open_source(packed, "train")[0].data).restart_rows == 1  # type: ignore[union-attr]
     assert (packed / "train" / "damaged.tsv").read_text() == "name\treason\n"
 
 
@@ -802,7 +737,7 @@ def test_a_small_jpeg_is_packed_as_it_is_and_other_images_become_jpegs() -> None
     assert pack.repacked(GOOD, "a", 72, 90) == GOOD
     assert pack.repacked(GOOD, "a", 71, 90) != GOOD
     packed_png = pack.repacked(encoded(IMAGE, "PNG"), "a", 72, 90)
-    assert jpeg.read_header(packed_png) is not None
+    assert Encoded(packed_png).is_ordinary_jpeg
     with pytest.raises(DamagedImage):
         pack.repacked(GOOD[:-300], "a", 72, 90)
 

@@ -2,10 +2,8 @@
 
     python -m bnlib pack SOURCE DESTINATION --shorter-side 256 --quality 90
 
-Every photograph is made smaller, so that its shorter side has so many pixels, and stored as JPEG
-with a restart marker after every row of blocks: training then decodes less of it
-(:mod:`bnlib.imagenet.data.jpeg`). A photograph that is small enough already is stored as it is, if it is
-an ordinary JPEG.
+Every image is made smaller, so that its shorter side has that many pixels, and stored as JPEG. An
+image that is small enough already is stored as it is, if it is an ordinary JPEG.
 
 ``DESTINATION/<split>/`` holds record files of a thousand images each, one behind the other;
 ``index.npz``, which says where each image lies, with its name and label and the sha256 of every
@@ -35,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnlib.imagenet.data.decode import DamagedImage, Encoded, is_ordinary
+from bnlib.imagenet.data.decode import DamagedImage, Encoded
 from bnlib.imagenet.data.folders import SPLITS, PackedSource, open_source
 from bnlib.imagenet.data.source import Source, SourceError
 from bnlib.runs import write_atomically
@@ -75,12 +73,12 @@ def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
     encoded = Encoded(data, name)
     small = min(encoded.width, encoded.height) <= shorter_side
     pixels = encoded.decode() if small else encoded.resize_shorter(shorter_side)
-    if small and is_ordinary(data):
+    if small and encoded.is_ordinary_jpeg:
         return data
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     output = io.BytesIO()
-    # 4:2:0, as nearly all photographs have it: half the color resolution in both directions
-    picture.save(output, "JPEG", quality=quality, subsampling=2, restart_marker_rows=1)
+    # 4:2:0, as nearly all JPEGs have it: half the color resolution in both directions
+    picture.save(output, "JPEG", quality=quality, subsampling=2)
     return output.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Processes that prepare mini-batches, and what they hand over."""
+"""Processes that prepare mini-batches, and what they return."""
 
 from __future__ import annotations
 
@@ -6,35 +6,46 @@ import atexit
 import logging
 import signal
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bnlib.imagenet.data.batch_decode import Part
 from bnlib.imagenet.data.decode import DamagedImage, Encoded, decoder
 from bnlib.imagenet.data.source import Source
 
-__all__ = ["Counting", "Prepared", "Workers", "floating", "read_example"]
+__all__ = ["Batch", "SkippedImages", "Workers", "read_example", "to_float"]
 
 _LOGGER = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class Prepared(NamedTuple):
-    """What a worker hands over: tensors, and what it found damaged."""
+class Batch(NamedTuple):
+    """A mini-batch as a worker returns it.
 
-    images: Tensor  # without the parts
+    Attributes
+    ----------
+    images
+        uint8 (N, 3, H, W), RGB.
+    labels
+        int64 (N,).
+    order, factors
+        Of the photometric distortions, as :func:`bnlib.imagenet.data.augment.distort` takes them.
+    damaged
+        The damaged images that were met: from name to reason.
+    """
+
+    images: Tensor
     labels: Tensor
     order: Tensor
     factors: Tensor
     damaged: dict[str, str]
-    parts: Sequence[Part] = ()  # what is still to be decoded
 
 
 def read_example(source: Source, index: int) -> tuple[Encoded, int]:
-    """An example's image and label; an image that cannot be read is a damaged one."""
+    """An example's image and label; a file that cannot be read raises ``DamagedImage`` too."""
     try:
         data, label, name = source[index]
     except OSError as error:
@@ -45,35 +56,35 @@ def read_example(source: Source, index: int) -> tuple[Encoded, int]:
 
 
 def _start_worker(_: int) -> None:
-    # The main process alone decides what a signal means; workers end when it tells them to, as
-    # Workers sees to, or is gone.
+    # The main process alone decides what a signal means; workers end when Workers ends them or the
+    # main process is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _Returning(Dataset[Prepared | DamagedImage]):
-    """Returns a damaged image as a value: raised, it would reach the main process as another error,
-    without its name."""
+class _Returning(Dataset[T | DamagedImage]):
+    """Returns ``DamagedImage`` as a value: raised in a worker, it would reach the main process as
+    another error, without the image's name."""
 
-    def __init__(self, dataset: Dataset[Prepared]) -> None:
+    def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: int) -> Prepared | DamagedImage:
+    def __getitem__(self, item: int) -> T | DamagedImage:
         try:
             return self.dataset[item]
         except DamagedImage as error:
             return error
 
 
-class Workers:
-    """What the workers prepare, item after item, and the end of the workers.
+class Workers(Generic[T]):
+    """An iterator of what worker processes prepare, item after item; ends the processes.
 
-    They end with this object, or before the process does: multiprocessing's own way of ending them
-    at that point is a signal, which they ignore, so that the process would wait for them forever.
+    They end with this object, or before the process does: multiprocessing would end them with a
+    signal then, which they ignore, and the process would wait for them forever.
     """
 
     def __init__(
-        self, dataset: Dataset[Prepared], items: Iterable[int], workers: int, device: torch.device
+        self, dataset: Dataset[T], items: Iterable[int], workers: int, device: torch.device
     ) -> None:
         loader = DataLoader(
             _Returning(dataset),
@@ -91,11 +102,11 @@ class Workers:
         end.atexit = False
         atexit.register(end)
 
-    def __next__(self) -> Prepared:
-        prepared: Prepared | DamagedImage = next(self._iterator)
-        if isinstance(prepared, DamagedImage):
-            raise prepared
-        return prepared
+    def __next__(self) -> T:
+        item: T | DamagedImage = next(self._iterator)
+        if isinstance(item, DamagedImage):
+            raise item
+        return item
 
 
 def _end(iterator: Any) -> None:
@@ -104,22 +115,22 @@ def _end(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def floating(images: Tensor, device: torch.device) -> Tensor:
+def to_float(images: Tensor, device: torch.device) -> Tensor:
     """Pixels as float32, still 0 to 255, on the device."""
     moved = images.to(device, non_blocking=True)
     return moved.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-class Counting:
-    """Iterators that gather the damaged images that workers report."""
+class SkippedImages:
+    """A base of iterators that collect the damaged images that workers report."""
 
     def __init__(self, source: Source) -> None:
         self.damaged: dict[str, str] = {}
         self._location = source.location
-        decoder()  # says once, here and not in every worker, what decodes
+        decoder()  # logs what decodes once, here and not in every worker
 
     def count(self, found: dict[str, str]) -> None:
-        """Add what a worker found, with a warning for each image that is new."""
+        """Add what a worker reports, with a warning for each new image."""
         for name, reason in found.items():
             if name not in self.damaged:
                 self.damaged[name] = reason
