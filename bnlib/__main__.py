@@ -71,6 +71,7 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="as for training; its val/ part is used")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--batch", type=_count, default=100, help="views at once")
     parser.add_argument("--record", metavar="NAME", help="write a recorded run of that name")
     parser.add_argument("--record-root", type=Path, default=Path("recorded"), metavar="DIR",
@@ -113,7 +114,7 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
     import torch
 
     from bnlib.imagenet.data.folders import open_source
-    from bnlib.imagenet.evaluation.accuracy import ensemble, load_network, probabilities
+    from bnlib.imagenet.evaluation.accuracy import evaluate_ensemble, load_network
     from bnlib.imagenet.evaluation.predictions import ACCURACIES, Evaluated, record_accuracies
     from bnlib.imagenet.processes import processes
     from bnlib.runs import check_name
@@ -123,31 +124,38 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
         check_name(arguments.record)
         if (there := arguments.record_root / ACCURACIES / arguments.record).exists():
             raise ValueError(f"{there} is there already; give another name, or remove it")
-    started, source = time.time(), open_source(arguments.data, "val")
-    networks, recipes = zip(*(load_network(path, source) for path in paths), strict=True)
-    if len(counts := {recipe.num_classes for recipe in recipes}) > 1:
-        raise ValueError(f"the networks have {sorted(counts)} classes; one number is needed")
-    members, rows = [], []
+    started = time.time()
     with processes(arguments.device) as group:
-        for path, network, recipe in zip(paths, networks, recipes, strict=True):
-            found, labels, damaged = probabilities(
-                network.to(group.device).to(memory_format=torch.channels_last),
-                source,
-                recipe.image_size,
-                arguments.crops,
-                device=group.device,
-                batch=arguments.batch,
-                progress=True,
+        if not group.first:  # the first process may unpack archives
+            group.barrier()
+        source = open_source(arguments.data, "val")
+        if group.first:
+            group.barrier()
+        networks, recipes = zip(*(load_network(path, source) for path in paths), strict=True)
+        if len(counts := {recipe.num_classes for recipe in recipes}) > 1:
+            raise ValueError(f"the networks have {sorted(counts)} classes; one number is needed")
+        if len(sizes := {recipe.image_size for recipe in recipes}) > 1:
+            raise ValueError(
+                f"the networks are for crops of {sorted(sizes)} pixels; one size is needed, as "
+                "every image is cut once for all of them"
             )
-            members.append(found)
-            rows.append(Evaluated(recipe.name, 1, arguments.crops, ensemble([found], labels)))
-            _say(f"{path}: {arguments.crops} crops: {rows[-1].accuracy}")
-    for name, reason in damaged.items():
-        _say(f"left out {name}: {reason}")
-    if len(members) > 1:
-        together = ensemble(members, labels)
-        rows.append(Evaluated("ensemble", len(members), arguments.crops, together))
-        _say(f"ensemble of {len(members)}: {together}")
+        accuracies, together = evaluate_ensemble(
+            [each.to(group.device).to(memory_format=torch.channels_last) for each in networks],
+            source,
+            recipes[0].image_size,
+            arguments.crops,
+            group=group,
+            workers=arguments.workers,
+            batch=arguments.batch,
+            progress=True,
+        )
+    rows = []
+    for path, recipe, accuracy in zip(paths, recipes, accuracies, strict=True):
+        rows.append(Evaluated(recipe.name, 1, arguments.crops, accuracy))
+        _say(f"{path}: {arguments.crops} crops: {accuracy}")
+    if len(paths) > 1:
+        rows.append(Evaluated("ensemble", len(paths), arguments.crops, together))
+        _say(f"ensemble of {len(paths)}: {together}")
     if arguments.record is not None and group.first:
         folder = record_accuracies(
             arguments.record,

@@ -18,7 +18,8 @@ from torch import Tensor
 from bnlib import runs
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.source import Source
-from bnlib.imagenet.evaluation.accuracy import Accuracy, load_network, probabilities
+from bnlib.imagenet.evaluation.accuracy import Accuracy, load_network
+from bnlib.imagenet.evaluation.inference import predict
 from bnlib.imagenet.processes import processes
 from bnlib.imagenet.recipes import Recipe
 
@@ -167,6 +168,7 @@ def record_probabilities(
     root: Path | None = None,
     *,
     device: str = "auto",
+    workers: int = 0,
     batch: int = 576,
 ) -> Path:
     """Record what a trained network says about every held-out image.
@@ -177,7 +179,8 @@ def record_probabilities(
     Parameters
     ----------
     run_folder
-        As in :func:`~bnlib.imagenet.evaluation.accuracy.load_network`: a run's folder or its ``network.pt``.
+        A run's folder or its ``network.pt``, as in
+        :func:`~bnlib.imagenet.evaluation.accuracy.load_network`.
         The recipe's name becomes part of the recording's, by :func:`run_name`.
     data
         As in :func:`~bnlib.imagenet.data.folders.open_source`; its held-out part is used.
@@ -187,8 +190,8 @@ def record_probabilities(
         As in :func:`bnlib.runs.write`.
     device
         "auto", "cpu", "cuda" or another device of torch.
-    batch
-        Crops that go through the network at once.
+    workers, batch
+        As in :func:`~bnlib.imagenet.evaluation.inference.predict`.
 
     Returns
     -------
@@ -203,21 +206,21 @@ def record_probabilities(
     started, source = time.time(), open_source(data, "val")
     network, recipe = load_network(run_folder, source)
     with processes(device) as group:
-        found, labels, damaged = probabilities(
-            network.to(group.device).to(memory_format=torch.channels_last),
-            source,
-            recipe.image_size,
-            crops,
-            device=group.device,
-            batch=batch,
-        )
-    if damaged:
-        raise ValueError(f"cannot be read, so that nothing is recorded: {', '.join(damaged)}")
+        found = torch.zeros(len(source), recipe.num_classes, device=group.device)
+        network = network.to(group.device).to(memory_format=torch.channels_last)
+        for part in predict(
+            [network], source, recipe.image_size, crops, group=group, workers=workers, batch=batch
+        ):
+            found[part.indices] = part.log_probabilities[0].exp()
+        group.sum(found)
+    if unread := (found.sum(1) == 0).nonzero()[:, 0].tolist():
+        names = ", ".join(map(source.name, unread))
+        raise ValueError(f"cannot be read, so that nothing is recorded: {names}")
     columns = [_four_digits(column) for column in found.T.tolist()]
     return runs.write(
         experiment,
         run_name(recipe.name, crops),
-        {"label": labels.tolist()} | {f"p{k}": column for k, column in enumerate(columns)},
+        {"label": source.labels.tolist()} | {f"p{k}": column for k, column in enumerate(columns)},
         **_manifest([recipe], source, started),
         root=root,
     )

@@ -23,8 +23,7 @@ from bnlib.imagenet import checkpoint
 from bnlib.imagenet.data.decode import DamagedImage
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.source import Source
-from bnlib.imagenet.evaluation.accuracy import Accuracy, count_right, score
-from bnlib.imagenet.evaluation.held_out import evaluation_batches
+from bnlib.imagenet.evaluation.accuracy import Accuracy, evaluate
 from bnlib.imagenet.options import Options
 from bnlib.imagenet.processes import Processes
 from bnlib.imagenet.recipes import Recipe
@@ -203,19 +202,14 @@ class Run:
                     return None
             group.average_statistics(network)
         network.eval()
-        size = self.recipe.image_size
-        images = evaluation_batches(
+        result = evaluate(
+            network,
             self.held_out,
-            size,
-            round(size * 8 / 7),
-            options.eval_batch,
-            rank=group.rank,
-            world=group.world,
+            recipe.image_size,
+            group=group,
             workers=options.workers,
-            device=group.device,
+            batch=options.eval_batch,
         )
-        counts = count_right(network, images, group.device)
-        result = score(group.sum(counts))
         if group.first:
             buffer = io.BytesIO()
             state = {
