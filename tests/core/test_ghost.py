@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bnlib import BatchNorm
-from bnlib.ghost import GhostBatchNorm
+from bnlib.modules import GhostBatchNorm
 
 
 def examples() -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bnlib import BatchNorm, population_statistics
-from bnlib.ghost import GhostBatchNorm
+from bnlib.modules import GhostBatchNorm
 from bnlib.imagenet import Recipe, checkpoint
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
