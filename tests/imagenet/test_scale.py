@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bnlib import BatchNorm, population_statistics
-from bnlib.modules import GhostBatchNorm
 from bnlib.imagenet import Recipe, checkpoint
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
@@ -34,6 +33,7 @@ from bnlib.imagenet.scale import (
 from bnlib.imagenet.simulation import Simulation, simulate
 from bnlib.imagenet.training.loop import train
 from bnlib.imagenet.training.step import loss_of, seed_dropout
+from bnlib.modules import GhostBatchNorm
 
 
 @pytest.fixture(autouse=True)
