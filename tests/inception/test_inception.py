@@ -11,7 +11,6 @@ from torch import nn
 
 import bnlib
 from bnlib import BNInception, PerActivationBatchNorm, bn_inception, fold_batch_norm
-from bnlib.inception.architecture import WithAuxiliary
 from bnlib.inception.layers import StridedMaxPool
 from bnlib.inception.table import FIGURE5, MODULES, repaired
 
@@ -48,14 +47,13 @@ def network():
     ("options", "expected"),
     [
         ({}, 11_194_984),
-        ({"aux_head": True}, 13_611_472),  # the 13.6 million of section 4.2, by reconstruction
         ({"pool_proj_4cd": 128, "conv_bias": True}, 11_295_240),  # what the ports have
         ({"pool_proj_4cd": 128}, 11_285_224),
         ({"stem": "separable"}, 11_194_984 - 6_696),
         ({"num_classes": 0}, 11_194_984 - 1_025_000),
         ({"features_only": True}, 11_194_984 - 1_025_000),
         ({"in_chans": 1}, 11_194_984 - 2 * 64 * 49),
-        ({"lrn": True, "dropout": 0.4, "activation": "sigmoid", "recompute": False}, 11_194_984),
+        ({"lrn": True, "dropout": 0.4, "activation": "sigmoid"}, 11_194_984),
     ],
 )
 def test_parameters_are_counted(options, expected):
@@ -182,44 +180,6 @@ def test_strided_pooling_covers_every_pixel(height, width):
 # Options
 
 
-def test_auxiliary_head_speaks_in_training_only():
-    model = bn_inception(aux_head=True, num_classes=7, image_size=96)
-    result = model(images(2, 3, 96, 96))
-    assert type(result) is WithAuxiliary
-    assert result.logits.shape == result.auxiliary.shape == (2, 7)
-    (result.logits.sum() + 0.3 * result.auxiliary.square().sum()).backward()
-    assert all(p.grad is not None for p in model.auxiliary.parameters())
-    assert model.eval()(images(2, 3, 96, 96)).shape == (2, 7)
-    assert [tuple(m.weight.shape) for m in model.auxiliary if hasattr(m, "weight")] == [
-        (128, 576, 1, 1),
-        (768, 128),
-        (7, 768),
-    ]
-
-
-@pytest.mark.parametrize("size", [(71, 71), (224, 224), (129, 97)])
-def test_auxiliary_head_fits_the_stated_image_size(size):
-    with torch.device("meta"):
-        model = bn_inception(aux_head=True, image_size=size)
-        assert model(torch.empty(2, 3, *size)).auxiliary.shape == (2, 1000)
-
-
-def test_auxiliary_head_refuses_images_of_another_size():
-    with torch.device("meta"):
-        model = bn_inception(aux_head=True)
-        with pytest.raises(ValueError, match=r"\[2, 2\].*made for \[4, 4\].*image_size=\(height"):
-            model(torch.empty(2, 3, 128, 128))
-        model.eval()(torch.empty(2, 3, 128, 128))
-
-
-def test_auxiliary_gradient_stops_at_4d():
-    model = bn_inception(aux_head=True, num_classes=3, image_size=71)
-    model(images(2, 3, 71, 71)).auxiliary.square().sum().backward()
-    assert model.inception["4d"].conv3x3.conv.weight.grad.any()
-    assert model.inception["4e"].conv3x3.conv.weight.grad is None
-    assert model.fc.weight.grad is None
-
-
 def test_local_response_normalization_stands_in_the_stem():
     model = settle(bn_inception(lrn=True, num_classes=10))
     plain = settle(bn_inception(num_classes=10))
@@ -329,24 +289,6 @@ def test_epsilon_reaches_every_normalization():
     assert {m.eps for m in norms} == {1e-3}
 
 
-@pytest.mark.parametrize("conv_bias", [False, True])
-def test_recomputing_trains_alike(conv_bias):
-    plain = settle(bn_inception(num_classes=10, conv_bias=conv_bias)).train()
-    frugal = bn_inception(num_classes=10, conv_bias=conv_bias, recompute=True).double()
-    frugal.load_state_dict(plain.state_dict())
-    x, upstream = images(4, 3, 65, 64, dtype=torch.float64), images(4, 10, dtype=torch.float64)
-    for model in (plain, frugal):
-        (model(x) * upstream).sum().backward()
-    largest = max(p.grad.abs().max() for p in plain.parameters())
-    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
-        assert (p.grad - q.grad).abs().max() <= 1e-9 * largest, name
-    for (name, p), q in zip(plain.named_buffers(), frugal.buffers(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=name)
-    with torch.no_grad():
-        assert torch.equal(frugal.eval()(x), plain.load_state_dict(frugal.state_dict()) and
-                           plain.eval()(x))  # fmt: skip
-
-
 # Initialization
 
 
@@ -356,7 +298,7 @@ def test_recomputing_trains_alike(conv_bias):
         ({}, 2),
         ({"activation": "sigmoid"}, 1),
         ({"init_scale": 1.5, "stem": "separable", "conv_bias": True}, 2 * 1.5**2),
-        ({"normalization": "none", "aux_head": True}, 2),
+        ({"normalization": "none"}, 2),
     ],
 )
 def test_initial_weights_have_the_stated_deviation(options, gain):
@@ -383,7 +325,7 @@ def test_initial_weights_have_the_stated_deviation(options, gain):
             assert abs(beyond - 0.0455) < 6 * math.sqrt(0.0455 / n), name
         assert module.bias is None or (module.bias == 0).all(), name
     assert kinds[nn.Conv2d] >= 69
-    assert kinds[nn.Linear] == (3 if "aux_head" in options else 1)
+    assert kinds[nn.Linear] == 1
     assert kinds[nn.BatchNorm2d] == (0 if "normalization" in options else 69)
 
 
@@ -416,15 +358,7 @@ def test_equal_seeds_give_equal_networks():
         ({"dropout": -0.1}, r"dropout is -0\.1; .*from 0 to below 1"),
         ({"image_size": 31}, r"image_size is 31; .*at least 32"),
         ({"image_size": (64, 16)}, r"image_size is \(64, 16\); .*at least 32"),
-        ({"image_size": 70, "aux_head": True}, r"image_size is 70; .*needs 71"),
-        ({"num_classes": 0, "aux_head": True}, r"aux_head needs num_classes > 0.* 0 and False"),
-        ({"features_only": True, "aux_head": True}, r"aux_head needs .*features_only=False.* True"),
         ({"stem_stride": 2}, r"stem_stride is 2; it must be one of \(8, 4\)"),
-        ({"recompute": True, "stem_stride": 4}, "recompute needs .*stem_stride=8"),
-        ({"recompute": True, "lrn": True}, "recompute needs .*neither lrn"),
-        ({"recompute": True, "features_only": True}, "recompute needs .*features_only"),
-        ({"recompute": True, "activation": "sigmoid"}, "recompute needs .*activation='relu'"),
-        ({"recompute": True, "normalization": "none"}, "recompute needs normalization='batch'"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -524,9 +458,7 @@ def test_a_small_network_learns_a_batch_by_heart():
     [
         ({}, True),
         ({}, False),
-        ({"aux_head": True, "image_size": 72}, True),
         ({"features_only": True}, False),
-        ({"recompute": True}, False),
     ],
 )
 def test_dynamo_follows_the_network_in_one_graph(options, training):
@@ -587,9 +519,7 @@ def test_onnx_runtime_computes_the_same(tmp_path):
 @pytest.mark.skipif(not hasattr(torch.jit, "script"), reason="TorchScript is gone")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize(
-    "options", [{}, {"features_only": True}, {"aux_head": True, "image_size": 72}]
-)
+@pytest.mark.parametrize("options", [{}, {"features_only": True}])
 def test_torchscript_compiles_the_network(options):
     model = settle(bn_inception(num_classes=10, **options))
     scripted = torch.jit.script(model)
@@ -599,7 +529,7 @@ def test_torchscript_compiles_the_network(options):
             # Training moves the running statistics, which the scripted network shares.
             found, expected = scripted.train(training)(x), model.train(training)(x)
         many = not isinstance(expected, torch.Tensor)
-        assert many == ("features_only" in options or ("aux_head" in options and training))
+        assert many == ("features_only" in options)
         for a, b in zip(found if many else [found], expected if many else [expected], strict=True):
             scale = b.abs().max().item()
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * scale)

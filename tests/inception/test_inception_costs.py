@@ -51,7 +51,7 @@ def test_the_csv_of_figure_5_says_what_the_table_in_the_code_says():
 
 @pytest.mark.parametrize("projection", [96, 128])
 def test_parameters_of_the_parts_add_up_to_those_of_the_network(projection):
-    model = without_memory(pool_proj_4cd=projection, aux_head=True)
+    model = without_memory(pool_proj_4cd=projection)
     costs = module_costs(model)
     assert sum(cost.parameters for cost in costs) == sum(p.numel() for p in model.parameters())
 
@@ -91,15 +91,6 @@ def test_a_separable_stem_is_a_depthwise_and_a_1x1_convolution():
     weights = 3 * 8 * 7 * 7 + 24 * 64
     assert cost.parameters == weights + 2 * 64
     assert cost.multiply_adds == weights * 112**2
-
-
-def test_the_auxiliary_head_counts_in_training_only():
-    model = without_memory(aux_head=True)
-    head = by_name(model.train())["auxiliary"]
-    assert head.parameters == 2_416_488
-    assert head.multiply_adds == 4 * 4 * 576 * 128 + 2048 * 768 + 768 * 1000
-    assert head.output == (1000,)
-    assert "auxiliary" not in by_name(model.eval())
 
 
 def test_work_grows_with_the_area_but_the_classifier_s_does_not():
