@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _PACKAGES = ("bnlib", "numpy", "torch", "torchvision", "scikit-learn")
+_VERDICTS = ("finished", "diverged", "stopped")
 _REQUIRED = (
     "schema experiment name command configuration seed dataset versions device started "
     "duration_s metrics_sha256 rows verdict"
@@ -37,6 +38,59 @@ _REQUIRED = (
 
 class RunError(RuntimeError):
     """A recorded run is missing, altered or incomplete; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run ended; ``str()`` of it is what a manifest holds, :meth:`parse` reads that back.
+
+    Attributes
+    ----------
+    kind
+        "finished"; "diverged", when the loss is not finite, which is a result; or "stopped", with a
+        checkpoint to go on from.
+    step
+        The steps done, for all but a run that finished.
+
+    Raises
+    ------
+    ValueError
+        If the kind is another, or it does not fit the step.
+    """
+
+    kind: str = "finished"
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _VERDICTS or (self.step is None) != (self.kind == "finished"):
+            raise ValueError(
+                f"a verdict is {self.kind!r} at step {self.step}; it must be finished without a "
+                "step, or diverged or stopped with one"
+            )
+
+    def __str__(self) -> str:
+        return self.kind if self.step is None else f"{self.kind} at step {self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> Verdict:
+        """The verdict of a manifest."""
+        kind, _, step = text.partition(" at step ")
+        return cls(kind, int(step) if step.isdecimal() else None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were done."""
+        return self.kind == "finished"
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the network diverged."""
+        return self.kind == "diverged"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was stopped and can go on."""
+        return self.kind == "stopped"
 
 
 @dataclass(frozen=True)
@@ -54,6 +108,11 @@ class Run:
 
     manifest: dict[str, Any]
     columns: dict[str, np.ndarray]
+
+    @property
+    def verdict(self) -> Verdict:
+        """How it ended."""
+        return Verdict.parse(self.manifest["verdict"])
 
     def __getitem__(self, column: str) -> np.ndarray:
         if column not in self.columns:
@@ -235,7 +294,7 @@ def write(
     dataset: Mapping[str, str],
     started: str,
     duration_s: float,
-    verdict: str = "finished",
+    verdict: str | Verdict = "finished",
     command: str | None = None,
     root: Path | None = None,
 ) -> Path:
@@ -259,7 +318,7 @@ def write(
     duration_s
         Wall-clock seconds.
     verdict
-        ``finished``, or ``diverged at step N``.
+        ``finished``, or ``diverged at step N``; see :class:`Verdict`.
     command
         The command that made it; this process's own by default.
     root
@@ -294,7 +353,7 @@ def write(
         "duration_s": round(duration_s, 1),
         "metrics_sha256": hashlib.sha256(metrics).hexdigest(),
         "rows": next(iter(lengths.values())),
-        "verdict": verdict,
+        "verdict": str(verdict),
     }
     folder = (root or data_folder() / "runs") / experiment / name
     write_atomically(folder / "metrics.csv", metrics)

@@ -183,3 +183,24 @@ def test_every_recorded_run_of_the_project_is_what_its_manifest_says():
         assert run.manifest["experiment"] == manifest.parent.parent.name
         assert run.manifest["name"] == manifest.parent.name
         assert {len(column) for column in run.columns.values()} == {run.manifest["rows"]}
+
+
+@pytest.mark.parametrize("text", ["finished", "diverged at step 7", "stopped at step 0"])
+def test_a_verdict_is_written_and_read_back(text, tmp_path):
+    verdict = runs.Verdict.parse(text)
+    assert str(verdict) == text
+    assert [verdict.finished, verdict.diverged, verdict.stopped].count(True) == 1
+    assert verdict == runs.Verdict(text.partition(" ")[0], verdict.step)
+    manifest = {"configuration": {}, "seed": 0, "dataset": {}, "started": "", "duration_s": 0}
+    runs.write("a", "b", {"x": [1]}, **manifest, verdict=verdict, root=tmp_path)
+    run = runs.read("a", "b", root=tmp_path)
+    assert run.verdict == verdict
+    assert run.manifest["verdict"] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "done", "finished at step 3", "diverged", "stopped at step x"]
+)
+def test_another_verdict_is_refused(text):
+    with pytest.raises(ValueError, match="it must be finished without a step"):
+        runs.Verdict.parse(text)
