@@ -72,8 +72,8 @@ run: env  ## CHAPTER=10_mnist P="steps=2000 seed=1": one chapter with your param
 	@$(BIN)/python -m bnlib.book.execute "chapters/$(CHAPTER).ipynb" "_build/run/$(CHAPTER).ipynb" --parameters "$${P-}"
 	@echo "Executed: _build/run/$(CHAPTER).ipynb"
 
-test: env  ## every test; those that read the rendered book need `make book` and Chromium
-	$(BIN)/python -m pytest
+test: env  ## every test, JOBS at a time; those that read the rendered book need `make book` and Chromium
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 bench: env  ## every script in benchmarks, one after another
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script"; done

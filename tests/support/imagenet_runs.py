@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -39,6 +40,7 @@ QUIET = Options(
 )
 # A forked process has the imports already, so that it can be killed many times at little cost.
 FORK = multiprocessing.get_context("fork")
+PORTS = itertools.count()
 
 
 class TinyNetwork(nn.Module):
@@ -154,13 +156,21 @@ def finished(*processes: BaseProcess) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+def free_port() -> int:
+    """A port that no other process of tests tries: each worker of pytest-xdist has a hundred."""
+    first = 10_000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in (first + next(PORTS) % 100 for _ in range(100)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"the ports from {first} to {first + 99} are all in use")
+
+
 def ranks(
     world: int, recipe: Recipe, data: Path, outs: Sequence[Path], options: Options
 ) -> list[BaseProcess]:
     """Start processes that train together, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def work(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
