@@ -9,16 +9,18 @@ these are fields of :class:`Figure1`; the optimizer is plain stochastic gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bnlib.mnist import digits
-from bnlib.mnist.replicas import Replicas
+from bnlib.mnist import digits, stacks
+from bnlib.modules import BatchNorm
+from bnlib.population import population_statistics
 
 #: Percentiles of the last hidden layer's sigmoid inputs that a history keeps.
 PERCENTILES = (15, 50, 85)
@@ -91,7 +93,7 @@ class Figure1:
 
 
 @dataclass(frozen=True)
-class Replica:
+class Network:
     """What may differ between networks that are trained at once."""
 
     seed: int
@@ -101,14 +103,14 @@ class Replica:
 
 @dataclass(frozen=True)
 class History:
-    """What training left behind, for ``S`` replicas at ``T`` evaluations.
+    """What training left behind, for ``S`` networks at ``T`` evaluations.
 
     Attributes
     ----------
     config
         The configuration.
-    replicas
-        The ``S`` replicas.
+    networks
+        The ``S`` networks.
     dataset
         Name and sha256 of the data: ``{"name": "MNIST", "sha256": ...}``.
     steps
@@ -119,7 +121,7 @@ class History:
         ``(S, T)``: the same with the statistics of test mini-batches of ``batch_size``.
     train_loss
         ``(S, T)``: mean cross-entropy in nats over the steps since the last evaluation; NaN at
-        step 0, and from the step at which a replica diverged.
+        step 0, and from the step at which a network diverged; from there on it answers at chance.
     percentiles
         ``(S, T, 3, units)``: the :data:`PERCENTILES` of the input to each sigmoid of the last
         hidden layer, over the first 2,000 test images.
@@ -128,7 +130,7 @@ class History:
     """
 
     config: Figure1
-    replicas: tuple[Replica, ...]
+    networks: tuple[Network, ...]
     dataset: dict[str, str]
     steps: np.ndarray
     test_accuracy: np.ndarray
@@ -146,23 +148,22 @@ class History:
         late = self.percentiles[:, self.steps >= 0.1 * self.steps[-1], 1]
         return late.max(axis=1) - late.min(axis=1)
 
-    def typical_unit(self, replica: int = 0) -> int:
+    def typical_unit(self, network: int = 0) -> int:
         """The unit of the last hidden layer whose drift is the median one of its layer.
 
         The paper shows "one typical sigmoid" and does not say how it was chosen; this is a
         choice that favors neither network.
         """
-        drift = self.drift()[replica]
+        drift = self.drift()[network]
         return int(np.argsort(drift, kind="stable")[len(drift) // 2])
 
 
 def train(
     config: Figure1,
-    replicas: Sequence[Replica] | None = None,
+    networks: Sequence[Network] | None = None,
     *,
     keep_inputs: bool = False,
     progress: bool = False,
-    on_evaluation: Callable[[int, Replicas], None] | None = None,
 ) -> History:
     """Run the experiment for several networks at once.
 
@@ -170,21 +171,19 @@ def train(
     ----------
     config
         The experiment.
-    replicas
+    networks
         The networks; by default one for each of ``config.seeds`` with the configuration's
         learning rate and deviation. A sweep names its own.
     keep_inputs
         Also keep the sigmoid inputs themselves, for an animation.
     progress
         Show a progress bar.
-    on_evaluation
-        Called with the step and the frozen networks after each evaluation.
 
     Returns
     -------
     History
-        Curves of every replica. The result depends on the configuration and the replica's seed;
-        replicas do not influence one another.
+        Curves of every network. The result depends on the configuration and the network's seed;
+        networks do not influence one another.
 
     Raises
     ------
@@ -192,49 +191,73 @@ def train(
         If the data set cannot be had.
     """
     data = digits.load(config.dataset)
-    if replicas is None:
-        replicas = [Replica(seed, config.learning_rate, config.weight_std) for seed in config.seeds]
+    if networks is None:
+        networks = [Network(seed, config.learning_rate, config.weight_std) for seed in config.seeds]
     images = digits.binarize(data.train_images, config.threshold)
     test = digits.binarize(data.test_images, config.threshold)
-    seeds = [replica.seed for replica in replicas]
-    networks = Replicas(
-        seeds,
-        [replica.weight_std for replica in replicas],
-        (images.shape[1], *config.hidden, _CLASSES),
-        normalize=config.normalize,
-        eps=config.eps,
-    )
-    rate = torch.tensor([replica.learning_rate for replica in replicas]).view(-1, 1, 1)
+    model = build(config, networks, inputs=images.shape[1])
+    seeds = [network.seed for network in networks]
+    rate = torch.tensor([network.learning_rate for network in networks])
     batches = mini_batches(images, data.train_labels, config.batch_size, seeds)
-    rows: list[dict[str, np.ndarray]] = []
-    loss = torch.full((len(replicas),), torch.nan)
 
-    evaluations = _evaluation_steps(config)
+    rows: list[dict[str, np.ndarray]] = []
+    evaluations = [*range(0, config.steps, config.evaluate_every), config.steps]
+    loss, diverged = torch.full((len(networks),), torch.nan), torch.zeros(len(networks)).bool()
     done = 0
-    with torch.no_grad():
-        for until in _tracked(evaluations, progress):
-            for _ in range(until - done):
-                x, labels = next(batches)
-                loss += networks.step(x, labels, rate)
-            spent = max(until - done, 1)
-            # Its own stream of mini-batches: looking must not change what is trained on next.
-            sample = mini_batches(images, data.train_labels, config.batch_size, seeds, stream=1)
-            networks.estimate_population(
-                x for _, (x, _) in zip(range(config.population_batches), sample, strict=False)
-            )
-            row = _evaluate(networks, test, data.test_labels, config.batch_size, keep_inputs)
-            rows.append({"train_loss": (loss / spent).numpy(), **row})
-            if on_evaluation is not None:
-                on_evaluation(until, networks)
-            loss, done = torch.zeros(len(replicas)), until
+    for until in _tracked(evaluations, progress):
+        if until:
+            loss = stacks.train(model, batches, steps=until - done, learning_rate=rate).mean(0)
+            loss[diverged] = torch.nan
+            diverged = loss.isnan()
+            rate[diverged] = 0  # it stays at the zeros it was set to
+            done = until
+        # Its own stream of mini-batches: looking must not change what is trained on next.
+        sample = mini_batches(images, data.train_labels, config.batch_size, seeds, stream=1)
+        row = _evaluate(model, config, sample, test, data.test_labels, len(networks), keep_inputs)
+        rows.append({"train_loss": loss.numpy(), **row})
     columns = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
     return History(
         config=config,
-        replicas=tuple(replicas),
+        networks=tuple(networks),
         dataset={"name": data.name, "sha256": data.sha256},
         steps=np.array(evaluations),
         **columns,
     )
+
+
+def build(config: Figure1, networks: Sequence[Network], *, inputs: int) -> nn.Sequential:
+    """The networks as a stack, each with weights drawn from its own seed.
+
+    Parameters
+    ----------
+    config
+        The experiment, of which ``normalize``, ``hidden`` and ``eps`` count.
+    networks
+        Seed and weight deviation of each. Biases and beta start at 0, gamma at 1.
+    inputs
+        Pixels of an image.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        Each hidden layer computes ``sigmoid(BN(W u))``, or ``sigmoid(W u + b)``.
+    """
+
+    def block(channels: int) -> list[nn.Module]:
+        norm = [BatchNorm(channels, eps=config.eps)] if config.normalize else []
+        return [*norm, nn.Sigmoid()]
+
+    sizes = (inputs, *config.hidden, _CLASSES)
+    with torch.random.fork_rng(devices=[]):  # every weight is drawn again below
+        model = stacks.stacked_perceptron(len(networks), sizes, block, bias=not config.normalize)
+    generators = [torch.Generator().manual_seed(network.seed) for network in networks]
+    for layer in model:
+        if isinstance(layer, stacks.StackedLinear):
+            for weight, network, generator in zip(
+                layer.weight.detach(), networks, generators, strict=True
+            ):
+                weight.normal_(std=network.weight_std, generator=generator)
+    return model
 
 
 def mini_batches(
@@ -249,14 +272,15 @@ def mini_batches(
     size
         Examples a mini-batch, at most ``N``. What remains of an epoch is left out.
     seeds
-        One per replica.
+        One per network.
     stream
         Another number gives an independent order for the same seeds.
 
     Yields
     ------
     x, labels
-        ``(S, size, inputs)`` and ``(S, size)``. ``x`` is overwritten by the next one.
+        ``(S, size, inputs)`` and ``(S, size)``. ``x`` is overwritten by the next one. In memory
+        it lies as ``(size, S * inputs)``, the layout of :mod:`bnlib.mnist.stacks`.
     """
     count = len(images)
     if size > count:
@@ -267,13 +291,8 @@ def mini_batches(
         order = torch.stack([torch.randperm(count, generator=each) for each in generators])
         for start in range(0, count - size + 1, size):
             chosen = order[:, start : start + size]
-            torch.index_select(images, 0, chosen.flatten(), out=x)
-            yield x.view(len(seeds), size, -1), labels[chosen]
-
-
-def _evaluation_steps(config: Figure1) -> list[int]:
-    steps = list(range(0, config.steps, config.evaluate_every))
-    return [*steps, config.steps]
+            torch.index_select(images, 0, chosen.T.flatten(), out=x)
+            yield x.view(size, len(seeds), -1).transpose(0, 1), labels[chosen]
 
 
 def _tracked(items: Sequence[int], progress: bool) -> Any:
@@ -284,29 +303,35 @@ def _tracked(items: Sequence[int], progress: bool) -> Any:
     return tqdm(items, unit="evaluation", mininterval=5)
 
 
+@torch.no_grad()
 def _evaluate(
-    networks: Replicas, test: Tensor, labels: Tensor, batch_size: int, keep_inputs: bool
+    model: nn.Sequential,
+    config: Figure1,
+    sample: Iterator[tuple[Tensor, Tensor]],
+    test: Tensor,
+    labels: Tensor,
+    networks: int,
+    keep_inputs: bool,
 ) -> dict[str, np.ndarray]:
-    right = torch.zeros(networks.size)
-    for x, y in zip(test.split(2000), labels.split(2000), strict=True):
-        logits, _ = networks.infer(x)
-        right += (logits.argmax(2) == y).sum(1)
-    whole = len(test) - len(test) % batch_size
-    right_batch = torch.zeros(networks.size)
-    if networks.normalize:
-        for x, y in zip(
-            test[:whole].split(batch_size), labels[:whole].split(batch_size), strict=True
-        ):
-            logits, _ = networks.infer(x, batch_statistics=True)
-            right_batch += (logits.argmax(2) == y).sum(1)
-    _, inputs = networks.infer(test[:_MONITORED])
+    """One row of the history; ``sample`` gives the mini-batches of Algorithm 2."""
+    batch_accuracy = None
+    if config.normalize:
+        batch_accuracy = _accuracy_with_batch_statistics(
+            model, test, labels, networks, config.batch_size
+        )
+        # Replaces the running statistics, which training and the line above have moved.
+        population_statistics(
+            model,
+            (x.transpose(0, 1).flatten(1) for x, _ in islice(sample, config.population_batches)),
+        )
+    test_accuracy = stacks.accuracy(model, test, labels, networks).numpy()
+    # All but the last sigmoid and the linear layer above it.
+    inputs = stacks.predict(model[:-2], test[:_MONITORED], networks)
     ranks = torch.tensor(PERCENTILES) / 100
     percentiles = torch.quantile(inputs.mT.contiguous(), ranks, dim=2)  # (3, S, units)
     row = {
-        "test_accuracy": (right / len(test)).numpy(),
-        "test_accuracy_batch": (
-            right_batch / whole if networks.normalize else right / len(test)
-        ).numpy(),
+        "test_accuracy": test_accuracy,
+        "test_accuracy_batch": test_accuracy if batch_accuracy is None else batch_accuracy,
         "percentiles": percentiles.transpose(0, 1).numpy(),
     }
     if keep_inputs:
@@ -314,11 +339,24 @@ def _evaluate(
     return row
 
 
+def _accuracy_with_batch_statistics(
+    model: nn.Sequential, test: Tensor, labels: Tensor, networks: int, batch_size: int
+) -> np.ndarray:
+    """Test accuracy where test mini-batches are normalized with their own statistics."""
+    whole = len(test) - len(test) % batch_size
+    model.train()
+    correct = torch.zeros(networks)
+    for x, y in zip(test[:whole].split(batch_size), labels[:whole].split(batch_size), strict=True):
+        logits = model(x.repeat(1, networks)).view(batch_size, networks, -1)
+        correct += (logits.argmax(2) == y[:, None]).sum(0)
+    return (correct / whole).numpy()
+
+
 def grid(
     learning_rates: Sequence[float], weight_stds: Sequence[float], seed: int = 0
-) -> list[Replica]:
-    """Every pair of learning rate and deviation, as replicas for :func:`train`."""
-    return [Replica(seed, rate, std) for rate in learning_rates for std in weight_stds]
+) -> list[Network]:
+    """Every pair of learning rate and deviation, as networks for :func:`train`."""
+    return [Network(seed, rate, std) for rate in learning_rates for std in weight_stds]
 
 
 def both(config: Figure1, **options: Any) -> tuple[History, History]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bnlib import runs
-from bnlib.mnist.experiment import PERCENTILES, Figure1, History, Replica, grid, train
+from bnlib.mnist.experiment import PERCENTILES, Figure1, History, Network, grid, train
 
 EXPERIMENT = "mnist-figure1"
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -61,10 +61,10 @@ def record_sweep(
 ) -> None:
     """Both networks, one seed, at every pair of learning rate and weight deviation."""
     config = replace(config, evaluate_every=max(1, config.steps // 20))
-    replicas = grid(LEARNING_RATES, WEIGHT_STDS, config.seeds[0])
+    pairs = grid(LEARNING_RATES, WEIGHT_STDS, config.seeds[0])
     for normalize in networks:
         name = f"sweep-{network_name(normalize)}"
-        _record(replace(config, normalize=normalize), {name: _curves}, root, replicas)
+        _record(replace(config, normalize=normalize), {name: _curves}, root, pairs)
 
 
 def record_figure(
@@ -95,12 +95,12 @@ def _record(
     config: Figure1,
     tables: Mapping[str, Callable[[History], dict[str, np.ndarray]]],
     root: Path | None,
-    replicas: list[Replica] | None = None,
+    networks: list[Network] | None = None,
 ) -> None:
     """Train once, and write each of ``tables`` as a run of its own."""
     print(*tables, flush=True)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    history = train(config, replicas, progress=True)
+    history = train(config, networks, progress=True)
     for name, table in tables.items():
         runs.write(
             EXPERIMENT,
@@ -108,9 +108,9 @@ def _record(
             table(history),
             configuration={
                 **asdict(config),
-                "replicas": [asdict(replica) for replica in history.replicas],
+                "networks": [asdict(network) for network in history.networks],
             },
-            seed=sorted({replica.seed for replica in history.replicas}),
+            seed=sorted({network.seed for network in history.networks}),
             dataset=history.dataset,
             started=started,
             duration_s=time.perf_counter() - clock,
@@ -119,13 +119,13 @@ def _record(
 
 
 def _curves(history: History) -> dict[str, np.ndarray]:
-    """One row for each replica and evaluation."""
-    replicas, count = history.replicas, len(history.steps)
+    """One row for each network and evaluation."""
+    networks, count = history.networks, len(history.steps)
     return {
-        "seed": np.repeat([replica.seed for replica in replicas], count),
-        "learning_rate": np.repeat([replica.learning_rate for replica in replicas], count),
-        "weight_std": np.repeat([replica.weight_std for replica in replicas], count),
-        "step": np.tile(history.steps, len(replicas)),
+        "seed": np.repeat([network.seed for network in networks], count),
+        "learning_rate": np.repeat([network.learning_rate for network in networks], count),
+        "weight_std": np.repeat([network.weight_std for network in networks], count),
+        "step": np.tile(history.steps, len(networks)),
         "test_accuracy": history.test_accuracy.ravel(),
         "test_accuracy_batch": history.test_accuracy_batch.ravel(),
         "train_loss_nats": history.train_loss.ravel(),
@@ -133,9 +133,9 @@ def _curves(history: History) -> dict[str, np.ndarray]:
 
 
 def _curves_and_percentiles(history: History) -> dict[str, np.ndarray]:
-    """The curves, and the percentiles of each replica's typical sigmoid."""
+    """The curves, and the percentiles of each network's typical sigmoid."""
     columns = _curves(history)
-    units = [history.typical_unit(index) for index in range(len(history.replicas))]
+    units = [history.typical_unit(index) for index in range(len(history.networks))]
     columns["unit"] = np.repeat(units, len(history.steps))
     for rank, percentile in enumerate(PERCENTILES):
         columns[f"p{percentile}"] = np.concatenate(
@@ -145,7 +145,7 @@ def _curves_and_percentiles(history: History) -> dict[str, np.ndarray]:
 
 
 def _units(history: History) -> dict[str, np.ndarray]:
-    """One row for each unit of the first replica, at every fifth evaluation."""
+    """One row for each unit of the first network, at every fifth evaluation."""
     steps, percentiles = history.steps[::5], history.percentiles[0, ::5]
     units = percentiles.shape[2]
     columns: dict[str, np.ndarray] = {

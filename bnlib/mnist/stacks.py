@@ -1,14 +1,13 @@
 """Many small networks of any kind trained at once, as one network with as many times the channels.
 
-A chapter compares several networks over several seeds. Side by side, ``S`` of them, the *replicas*,
-are one network whose activations have ``S`` times the channels: an activation of shape ``(m, C)``
-or ``(m, C, H, W)`` becomes ``(m, S * C)`` or ``(m, S * C, H, W)``, replica after replica. Whatever
+A chapter compares several networks over several seeds. Side by side, a *stack* of ``S`` networks
+is one network whose activations have ``S`` times the channels: an activation of shape ``(m, C)``
+or ``(m, C, H, W)`` becomes ``(m, S * C)`` or ``(m, S * C, H, W)``, network after network. Whatever
 treats channels apart works unchanged: :class:`bnlib.modules.BatchNorm`, every nonlinearity,
 ``torch.nn.Dropout``, and ``torch.nn.Conv2d`` with ``groups=S``. Only the linear layer needs a
 counterpart, :class:`StackedLinear`.
 
-:mod:`bnlib.mnist.replicas` does the same for the sigmoid networks of section 4.1 alone, with a
-hand-written gradient, and is faster there. This module uses autograd.
+``benchmarks/mnist_step.py`` compares a training step with that of the loop over single networks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class StackedLinear(nn.Module):
 
     Parameters
     ----------
-    replicas
+    networks
         How many layers, ``S``.
     inputs, outputs
         Features of each.
@@ -46,22 +45,22 @@ class StackedLinear(nn.Module):
     """
 
     def __init__(
-        self, replicas: int, inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0
+        self, networks: int, inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0
     ) -> None:
         super().__init__()
-        for name, value in (("replicas", replicas), ("inputs", inputs), ("outputs", outputs)):
+        for name, value in (("networks", networks), ("inputs", inputs), ("outputs", outputs)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.weight = nn.Parameter(gain / inputs**0.5 * torch.randn(replicas, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(replicas * outputs)) if bias else None
+        self.weight = nn.Parameter(gain / inputs**0.5 * torch.randn(networks, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(networks * outputs)) if bias else None
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        replicas, inputs, outputs = self.weight.shape
-        return f"{replicas} x ({inputs} -> {outputs}), bias={self.bias is not None}"
+        networks, inputs, outputs = self.weight.shape
+        return f"{networks} x ({inputs} -> {outputs}), bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each replica's ``W u + b``.
+        """Each network's ``W u + b``.
 
         Parameters
         ----------
@@ -78,19 +77,22 @@ class StackedLinear(nn.Module):
         ValueError
             If ``x`` has another shape.
         """
-        replicas, inputs, _ = self.weight.shape
-        if x.ndim != 2 or x.shape[1] != replicas * inputs:
+        networks, inputs, _ = self.weight.shape
+        if x.ndim != 2 or x.shape[1] != networks * inputs:
             raise ValueError(
-                f"x must have shape (m, {replicas} * {inputs}), got {tuple(x.shape)}; "
+                f"x must have shape (m, {networks} * {inputs}), got {tuple(x.shape)}; "
                 "put nn.Flatten() before a linear layer that follows a convolution"
             )
-        u = x.view(len(x), replicas, inputs).transpose(0, 1)
-        y = torch.bmm(u, self.weight).transpose(0, 1).reshape(len(x), -1)
-        return y if self.bias is None else y + self.bias
+        u = x.view(len(x), networks, inputs).transpose(0, 1)
+        if self.bias is None:
+            y = torch.bmm(u, self.weight)
+        else:
+            y = torch.baddbmm(self.bias.view(networks, 1, -1), u, self.weight)
+        return y.transpose(0, 1).reshape(len(x), -1)
 
 
 def stacked_perceptron(
-    replicas: int,
+    networks: int,
     sizes: Sequence[int],
     block: Callable[[int], Iterable[nn.Module]],
     *,
@@ -101,7 +103,7 @@ def stacked_perceptron(
 
     Parameters
     ----------
-    replicas
+    networks
         How many networks, ``S``.
     sizes
         Inputs, hidden units of each layer, classes: ``(196, 100, 100, 10)``.
@@ -129,9 +131,9 @@ def stacked_perceptron(
         )
     layers: list[nn.Module] = []
     for inputs, units in pairwise(sizes[:-1]):
-        layers.append(StackedLinear(replicas, inputs, units, bias=bias, gain=gain))
-        layers.extend(block(replicas * units))
-    layers.append(StackedLinear(replicas, sizes[-2], sizes[-1], gain=gain))
+        layers.append(StackedLinear(networks, inputs, units, bias=bias, gain=gain))
+        layers.extend(block(networks * units))
+    layers.append(StackedLinear(networks, sizes[-2], sizes[-1], gain=gain))
     return nn.Sequential(*layers)
 
 
@@ -140,22 +142,22 @@ def train(
     batches: Iterator[tuple[Tensor, Tensor]],
     *,
     steps: int,
-    learning_rate: float | Sequence[float],
+    learning_rate: float | Sequence[float] | Tensor,
 ) -> Tensor:
-    """Plain stochastic gradient descent on each replica's mean cross-entropy, in place.
+    """Plain stochastic gradient descent on each network's mean cross-entropy, in place.
 
     Parameters
     ----------
     model
         Maps ``(m, S * inputs)`` to ``(m, S * classes)``. The leading axis of each of its parameters
-        counts channels, or replicas. It is left in training mode.
+        counts channels, or networks. It is left in training mode.
     batches
         Yields ``x`` of shape ``(S, m, inputs)`` and labels ``(S, m)``, as
         :func:`bnlib.mnist.mini_batches` does.
     steps
         Steps to take.
     learning_rate
-        One for all, or one for each replica.
+        One for all, or one for each network.
 
     Returns
     -------
@@ -165,30 +167,34 @@ def train(
 
     Notes
     -----
-    A replica that diverges does not disturb the others. When training ends, all its parameters
+    A network that diverges does not disturb the others. When training ends, all its parameters
     and statistics are set to zero: it then answers at chance.
     """
     model.train()
-    losses = []
+    rate = torch.as_tensor(learning_rate, dtype=torch.float64)
     parameters = list(model.parameters())
+    losses = []
     for _ in range(steps):
-        x, labels = next(batches)
-        replicas, m = labels.shape
-        logits = model(x.transpose(0, 1).reshape(m, -1)).view(m, replicas, -1)
-        loss = nn.functional.cross_entropy(logits.permute(1, 2, 0), labels, reduction="none")
-        loss = loss.mean(1)
-        rate = torch.as_tensor(learning_rate, dtype=logits.dtype).expand(replicas)
-        # The sum's gradient with respect to one replica's parameters is that of its own loss.
-        gradients = torch.autograd.grad(loss.sum(), parameters)
+        loss = _losses(model, *next(batches))
+        # Networks share no parameter, and gradients are linear in the loss: those of the sum of
+        # all losses, each times its learning rate, are each network's own steps.
+        taken = torch.autograd.grad((rate * loss).sum(), parameters)
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                gradient = gradient.contiguous().view(replicas, -1)
-                parameter.sub_((rate[:, None] * gradient).view(parameter.shape))
+            for parameter, step in zip(parameters, taken, strict=True):
+                parameter.sub_(step)
         losses.append(loss.detach())
     history = torch.stack(losses)
     history[(~history.isfinite()).cumsum(0) > 0] = torch.nan
     _zero_diverged(model, ~history[-1].isfinite())
     return history
+
+
+def _losses(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Each network's mean cross-entropy on its own mini-batch, ``(S,)``."""
+    networks, m = labels.shape
+    logits = model(x.transpose(0, 1).reshape(m, -1)).view(m * networks, -1)
+    loss = nn.functional.cross_entropy(logits, labels.T.reshape(-1), reduction="none")
+    return loss.view(m, networks).mean(0)
 
 
 @torch.no_grad()
@@ -205,8 +211,8 @@ def _zero_diverged(model: nn.Module, diverged: Tensor) -> None:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, replicas: int, *, chunk: int = 1000) -> Tensor:
-    """Every replica's logits for the same images, in evaluation mode.
+def predict(model: nn.Module, images: Tensor, networks: int, *, chunk: int = 1000) -> Tensor:
+    """Every network's logits for the same images, in evaluation mode.
 
     Parameters
     ----------
@@ -214,7 +220,7 @@ def predict(model: nn.Module, images: Tensor, replicas: int, *, chunk: int = 100
         As for :func:`train`. Its mode is left as it was.
     images
         ``(N, inputs)``.
-    replicas
+    networks
         ``S``.
     chunk
         Images to pass at once.
@@ -227,13 +233,13 @@ def predict(model: nn.Module, images: Tensor, replicas: int, *, chunk: int = 100
     training = model.training
     model.eval()
     logits = [
-        model(part.repeat(1, replicas)).view(len(part), replicas, -1)
+        model(part.repeat(1, networks)).view(len(part), networks, -1)
         for part in images.split(chunk)
     ]
     model.train(training)
     return torch.cat(logits).transpose(0, 1)
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, replicas: int) -> Tensor:
-    """Every replica's fraction of correctly classified images, ``(S,)``; see :func:`predict`."""
-    return (predict(model, images, replicas).argmax(2) == labels).float().mean(1)
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, networks: int) -> Tensor:
+    """Every network's fraction of correctly classified images, ``(S,)``; see :func:`predict`."""
+    return (predict(model, images, networks).argmax(2) == labels).float().mean(1)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bnlib import BatchNorm
+from bnlib.mnist import mini_batches
 from bnlib.mnist.stacks import StackedLinear, accuracy, predict, stacked_perceptron, train
 
 SIZES = (6, 5, 4, 3)
@@ -16,8 +17,8 @@ def block(channels: int) -> list[nn.Module]:
     return [BatchNorm(channels), nn.Tanh()]
 
 
-def alone(stack: nn.Sequential, replicas: int, index: int) -> nn.Sequential:
-    """One replica of a stack, out of torch's own layers, with copies of its parameters."""
+def alone(stack: nn.Sequential, networks: int, index: int) -> nn.Sequential:
+    """One network of a stack, out of torch's own layers, with copies of its parameters."""
     layers: list[nn.Module] = []
     for module in stack:
         if isinstance(module, StackedLinear):
@@ -25,23 +26,23 @@ def alone(stack: nn.Sequential, replicas: int, index: int) -> nn.Sequential:
             layer = nn.Linear(inputs, outputs, bias=module.bias is not None)
             layer.weight.data = module.weight[index].detach().T.clone()
             if module.bias is not None:
-                layer.bias.data = module.bias.detach().view(replicas, -1)[index].clone()
+                layer.bias.data = module.bias.detach().view(networks, -1)[index].clone()
             layers.append(layer)
         elif isinstance(module, BatchNorm):
-            layers.append(nn.BatchNorm1d(module.num_features // replicas))
+            layers.append(nn.BatchNorm1d(module.num_features // networks))
         else:
             layers.append(nn.Tanh())
     return nn.Sequential(*layers)
 
 
-def drawn(replicas: int, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def drawn(networks: int, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [
-        (torch.randn(replicas, 16, SIZES[0]), torch.randint(SIZES[-1], (replicas, 16)))
+        (torch.randn(networks, 16, SIZES[0]), torch.randint(SIZES[-1], (networks, 16)))
         for _ in range(steps)
     ]
 
 
-def test_every_replica_trains_as_it_would_alone() -> None:
+def test_every_network_trains_as_it_would_alone() -> None:
     torch.manual_seed(0)
     stack = stacked_perceptron(3, SIZES, block)
     singles = [alone(stack, 3, index) for index in range(3)]
@@ -65,7 +66,7 @@ def test_every_replica_trains_as_it_would_alone() -> None:
         assert shares[index] == pytest.approx((expected.argmax(1) == answers).float().mean())
 
 
-def test_a_diverged_replica_answers_at_chance_and_leaves_the_others_alone() -> None:
+def test_a_diverged_network_answers_at_chance_and_leaves_the_others_alone() -> None:
     torch.manual_seed(1)
     stack = stacked_perceptron(2, SIZES, lambda channels: [nn.ReLU()])
     losses = train(stack, iter(drawn(2, 8)), steps=8, learning_rate=(1e30, 0.01))
@@ -92,3 +93,19 @@ def test_sizes_without_a_hidden_layer_are_refused() -> None:
 def test_a_layer_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="outputs must be at least 1, got 0"):
         StackedLinear(2, 3, 0)
+
+
+def test_an_epoch_shows_every_example_once_and_seeds_have_their_own_order() -> None:
+    images = torch.arange(12.0).view(12, 1)
+    batches = mini_batches(images, torch.arange(12), 4, (0, 1))
+    epoch = [(x.clone(), y) for _, (x, y) in zip(range(3), batches, strict=False)]
+    seen = torch.cat([y for _, y in epoch], dim=1)
+    assert seen.sort(dim=1).values.tolist() == [list(range(12))] * 2
+    assert seen[0].tolist() != seen[1].tolist()
+    for x, y in epoch:
+        assert x.squeeze(2).tolist() == y.float().tolist()
+
+
+def test_a_mini_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="60 cannot be drawn from 12"):
+        next(mini_batches(torch.zeros(12, 3), torch.zeros(12), 60, (0,)))
