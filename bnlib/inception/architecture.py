@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnlib.inception.layers import ACTIVATIONS, ImageInput, separable_conv
-from bnlib.inception.modules import Convolutions, Inception
+from bnlib.inception.layers import ACTIVATIONS, Convolutions, ImageInput
+from bnlib.inception.modules import Inception
 from bnlib.inception.table import FIGURE5, repaired, scaled
 
 __all__ = ["BNInception", "bn_inception"]
 
-STEMS = ("plain", "separable")
-STRIDES = (8, 4)
-NORMALIZATIONS = ("batch", "none", "per-activation-last")
-POOLS = ("avg", "max", "none")
-SMALLEST = 32
+SMALLEST = 32  # height and width of an image
+POOLS = {"avg": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d, "none": nn.Identity}
+CHOICES = {
+    "pool_proj_4cd": (96, 128),
+    "stem": ("plain", "separable"),
+    "stem_stride": (8, 4),
+    "normalization": ("batch", "none", "per-activation-last"),
+    "activation": tuple(ACTIVATIONS),
+    "global_pool": tuple(POOLS),
+}
 
 
 class BNInception(nn.Module):
@@ -50,8 +56,8 @@ class BNInception(nn.Module):
     activation
         "relu" or "sigmoid".
     lrn
-        Whether GoogLeNet's two local response normalizations stand in the stem, which batch
-        normalization made superfluous (section 4.2.1).
+        Whether the stem has GoogLeNet's two local response normalizations, which batch
+        normalization makes superfluous (section 4.2.1).
     dropout
         Probability, from 0 to below 1, that a feature is dropped before the classifier.
     conv_bias
@@ -62,10 +68,10 @@ class BNInception(nn.Module):
     features_only
         Whether the output is the list of maps at strides 2, 4, 8, 16 and 32, without a classifier.
     image_size
-        Height and width of the images, which only "per-activation-last" needs: other
-        networks take any size of 32 or more.
+        Height and width of the images, which only "per-activation-last" needs: other networks take
+        any size of 32 or more.
     eps
-        Of batch normalization.
+        Added to the variances by batch normalization.
     init_scale
         Factor on the initial weights of all convolutions (section 4.2.3: "larger" in some networks
         of the ensemble).
@@ -110,21 +116,24 @@ class BNInception(nn.Module):
         init_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        size = _check_options(locals())
+        _check_options(locals())
+        last_map = _last_map_size(image_size, stem_stride)
         bias = normalization == "none" if conv_bias is None else conv_bias
-        conv = Convolutions(normalization, activation, bias, eps)
+        conv = Convolutions(normalization != "none", activation, bias, eps)
+        last_conv = conv
+        if normalization == "per-activation-last":
+            last_conv = dataclasses.replace(conv, per_activation=last_map)
         self.features_only = features_only
         self.num_classes = num_classes
+        self.activation = activation
+        self.init_scale = init_scale
+
         first, second = scaled(FIGURE5[0], width), scaled(FIGURE5[2], width)
         channels = first.output[1]
         self.images = ImageInput(in_chans, SMALLEST)
-        if stem == "separable":
-            separable = separable_conv(in_chans, channels, first.patch, first.stride, 8, bias)
-            self.conv1 = conv.wrap(separable, channels)
-        else:
-            self.conv1 = conv(in_chans, channels, first.patch, first.stride)
-        small = stem_stride == 4
-        self.pool1 = nn.Identity() if small else nn.MaxPool2d(3, 2, ceil_mode=True)
+        multiplier = 8 if stem == "separable" else 0
+        self.conv1 = conv(in_chans, channels, first.patch, first.stride, multiplier)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True) if stem_stride == 8 else nn.Identity()
         self.lrn1 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
         self.conv2_reduce = conv(channels, second.reduce3x3, 1)
         self.conv2 = conv(second.reduce3x3, second.conv3x3, second.patch)
@@ -132,36 +141,31 @@ class BNInception(nn.Module):
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
 
         channels = second.conv3x3
-        map_size = _after_stem(size, stem_stride)
         self.inception = nn.ModuleDict()
         for row in repaired(pool_proj_4cd, width):
-            last = map_size if row.type == "5b" else None
-            self.inception[row.type] = Inception(row, channels, conv, last)
+            self.inception[row.type] = Inception(
+                row, channels, last_conv if row.type == "5b" else conv
+            )
             channels = row.output[1]
-            if row.stride == 2:
-                map_size = ((map_size[0] + 1) // 2, (map_size[1] + 1) // 2)
 
         self.num_features = channels
-        pools = {"avg": nn.AdaptiveAvgPool2d(1), "max": nn.AdaptiveMaxPool2d(1)}
-        self.global_pool = (
-            nn.Sequential(pools[global_pool], nn.Flatten())
-            if global_pool in pools and not features_only
-            else nn.Identity()
-        )
+        self.global_pool: nn.Module = nn.Identity()
+        if global_pool != "none" and not features_only:
+            self.global_pool = nn.Sequential(POOLS[global_pool](1), nn.Flatten())
         self.dropout = nn.Dropout(dropout)
         self.fc: nn.Module = nn.Identity()
         if num_classes and not features_only:
             self.fc = nn.Linear(channels, num_classes)
-        self.reset_parameters(activation, init_scale)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, activation: str = "relu", init_scale: float = 1.0) -> None:
-        """Draw the parameters anew, as the class states."""
-        gain = 2.0 if activation == "relu" else 1.0
+    def reset_parameters(self) -> None:
+        """Draw the weights of convolutions and classifier anew, as the class states; biases 0."""
+        gain = 2.0 if self.activation == "relu" else 1.0
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_in = module.weight[0].numel()
-                module.weight.normal_(std=init_scale * (gain / fan_in) ** 0.5)
+                module.weight.normal_(std=self.init_scale * (gain / fan_in) ** 0.5)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=0.01)
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
@@ -209,17 +213,12 @@ class BNInception(nn.Module):
 
 
 def bn_inception(**options: Any) -> BNInception:
-    """BN-Inception with the options of :class:`BNInception`.
+    """BN-Inception with the options of :class:`BNInception`, in training mode.
 
     Parameters
     ----------
     **options
         Keyword arguments of :class:`BNInception`.
-
-    Returns
-    -------
-    BNInception
-        The network in training mode, with random weights.
 
     Raises
     ------
@@ -234,49 +233,39 @@ def bn_inception(**options: Any) -> BNInception:
     return BNInception(**options)
 
 
-def _after_stem(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Height and width of the map that enters 3a."""
+def _last_map_size(image_size: int | tuple[int, int], stem_stride: int) -> tuple[int, int]:
+    """Height and width of the maps of module 5b."""
 
-    def halved(n: int) -> int:  # as MaxPool2d(3, 2, ceil_mode=True)
-        return max(-(-(n - 3) // 2), 0) + 1
+    def last(side: int) -> int:
+        side = (side + 1) // 2  # conv1 rounds up
+        side = side // 4 if stem_stride == 8 else side // 2  # the stem's poolings round down
+        return (side + 3) // 4  # 3c and 4e round up
 
-    height, width = (halved((n + 1) // 2) for n in size)
-    return (halved(height), halved(width)) if stride == 8 else (height, width)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return last(height), last(width)
 
 
-def _check_options(options: dict[str, Any]) -> tuple[int, int]:
-    """The image size as a pair, after every option has been looked at."""
-    choices = {
-        "pool_proj_4cd": (96, 128),
-        "stem": STEMS,
-        "stem_stride": STRIDES,
-        "normalization": NORMALIZATIONS,
-        "activation": tuple(ACTIVATIONS),
-        "global_pool": POOLS,
-    }
-    for name, allowed in choices.items():
+def _check_options(options: dict[str, Any]) -> None:
+    for name, allowed in CHOICES.items():
         if options[name] not in allowed:
             raise ValueError(f"{name} is {options[name]!r}; it must be one of {allowed}")
-    if options["num_classes"] < 0 or options["in_chans"] < 1:
-        raise ValueError(
-            f"num_classes is {options['num_classes']} and in_chans {options['in_chans']}; they "
-            "must be at least 0 and 1"
-        )
-    if not 0 <= options["dropout"] < 1:
-        raise ValueError(f"dropout is {options['dropout']}; it must be from 0 to below 1")
-    if options["global_pool"] == "none" and options["num_classes"]:
-        raise ValueError(
-            f"global_pool='none' leaves a map, which no classifier can follow: set num_classes=0 "
-            f"(it is {options['num_classes']})"
-        )
+    for name, least in {"num_classes": 0, "in_chans": 1}.items():
+        if options[name] < least:
+            raise ValueError(f"{name} is {options[name]}; it must be at least {least}")
     for name in ("width", "eps", "init_scale"):
         value = options[name]
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value!r}; it must be a positive, finite number")
+    if not 0 <= options["dropout"] < 1:
+        raise ValueError(f"dropout is {options['dropout']}; it must be from 0 to below 1")
+    if options["global_pool"] == "none" and options["num_classes"]:
+        raise ValueError(
+            "global_pool='none' leaves a map, on which no classifier can act: set num_classes=0 "
+            f"(it is {options['num_classes']})"
+        )
     size = options["image_size"]
-    if not isinstance(size, int) and len(size) != 2:
-        raise ValueError(f"image_size is {size}; it must be one number or (height, width)")
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < SMALLEST:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise ValueError(f"image_size is {size!r}; it must be one integer or (height, width)")
+    if min(sides) < SMALLEST:
         raise ValueError(f"image_size is {size}; height and width must be at least {SMALLEST}")
-    return height, width

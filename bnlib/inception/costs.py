@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,8 +45,7 @@ def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) ->
     Parameters
     ----------
     model
-        The network; also one in which modules were exchanged.  It is not touched.  In training
-        mode the auxiliary head, if there is one, is counted; in evaluation mode it does not run.
+        The network, which is not changed.  Its modules may have been exchanged for others.
     image_size
         Height and width of the images, in pixels.
 
@@ -59,47 +59,41 @@ def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) ->
     Raises
     ------
     TypeError
-        If ``model`` is no :class:`~bnlib.inception.architecture.BNInception`.
+        If ``model`` is not a :class:`~bnlib.inception.architecture.BNInception`.
     ValueError
         If the images are smaller than the network takes.
 
     Notes
     -----
-    One multiply-add is half of what PyTorch's counter calls two floating-point operations.  Counted
-    are convolutions and matrix products, as usual in the literature; normalization, activations,
-    pooling and biases are not, which are a few percent more.
+    PyTorch's counter counts a multiply-add as two floating-point operations.  Counted are
+    convolutions and matrix products, as is usual in the literature; normalization, activations,
+    pooling and biases, a few percent more, are not.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
     if not isinstance(model, BNInception):
         raise TypeError(f"model is a {type(model).__name__}; costs are counted for a BNInception")
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    copied = copy.deepcopy(model).to("meta")
-    counter = FlopCounterMode(display=False)
-    costs: list[ModuleCost] = []
-    before: dict[str, int] = {}
-
-    def attach(name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, inputs: Any) -> None:
-            before[name] = counter.get_total_flops()
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            if output is inputs[0]:
-                return
-            flops = counter.get_total_flops() - before[name]
-            parameters = sum(p.numel() for p in module.parameters())
-            costs.append(
-                ModuleCost(name, parameters, tuple(output.shape[1:]), flops // (2 * images))
-            )
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = 2  # per-activation normalization needs two in training
-    for name, module in _parts(copied):
-        attach(name, module)
-    with torch.no_grad(), counter:
-        copied(torch.empty(images, copied.images.channels, *size, device="meta"))
+    copied = copy.deepcopy(model).to("meta")
+    parts = dict(_parts(copied))
+    outputs: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if output is not inputs[0]:
+            outputs[name] = tuple(output.shape[1:])
+
+    for name, part in parts.items():
+        part.register_forward_hook(functools.partial(record, name))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied(torch.empty(images, copied.images.channels, height, width, device="meta"))
+    flops = counter.get_flop_counts()  # by module, then by operation
+    root = type(copied).__name__
+    costs = []
+    for name, output in outputs.items():
+        parameters = sum(p.numel() for p in parts[name].parameters())
+        total = sum(flops.get(f"{root}.{name}", {}).values())
+        costs.append(ModuleCost(name, parameters, output, total // (2 * images)))
     return costs
 
 

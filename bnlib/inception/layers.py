@@ -1,13 +1,16 @@
-"""The pieces of BN-Inception: convolution with normalization and activation, and its poolings."""
+"""The layers of BN-Inception: convolution with normalization and activation, pooling, input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvNormAct", "ImageInput", "StridedMaxPool", "separable_conv"]
+from bnlib.modules import PerActivationBatchNorm
+
+__all__ = ["ConvNormAct", "Convolutions", "ImageInput", "StridedMaxPool"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -29,17 +32,42 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
-def separable_conv(
-    in_channels: int, channels: int, kernel: int, stride: int, multiplier: int, bias: bool
-) -> nn.Sequential:
-    """A depthwise convolution with ``multiplier`` maps for each input channel, then a 1x1."""
-    between = in_channels * multiplier
-    return nn.Sequential(
-        nn.Conv2d(
-            in_channels, between, kernel, stride, kernel // 2, groups=in_channels, bias=False
-        ),
-        nn.Conv2d(between, channels, 1, bias=bias),
-    )
+@dataclass(frozen=True)
+class Convolutions:
+    """Makes the convolutions of one network, with the normalization and activation they share."""
+
+    normalized: bool
+    activation: str
+    bias: bool
+    eps: float
+    per_activation: tuple[int, int] | None = None  # map size, if each activation has its own norm
+
+    def __call__(
+        self, in_channels: int, channels: int, kernel: int, stride: int = 1, multiplier: int = 0
+    ) -> ConvNormAct:
+        """A convolution that keeps the map size, or with stride 2 halves it, rounded up.
+
+        With a ``multiplier`` it is separable: a depthwise convolution with that many maps for each
+        input channel, then a 1x1.
+        """
+        padding = kernel // 2
+        conv: nn.Module
+        if multiplier:
+            between = in_channels * multiplier
+            conv = nn.Sequential(
+                nn.Conv2d(
+                    in_channels, between, kernel, stride, padding, groups=in_channels, bias=False
+                ),
+                nn.Conv2d(between, channels, 1, bias=self.bias),
+            )
+        else:
+            conv = nn.Conv2d(in_channels, channels, kernel, stride, padding, bias=self.bias)
+        norm: nn.Module = nn.Identity()
+        if self.normalized and self.per_activation:
+            norm = PerActivationBatchNorm((channels, *self.per_activation), eps=self.eps)
+        elif self.normalized:
+            norm = nn.BatchNorm2d(channels, eps=self.eps)
+        return ConvNormAct(conv, norm, ACTIVATIONS[self.activation]())
 
 
 class StridedMaxPool(nn.Module):
@@ -59,7 +87,7 @@ class StridedMaxPool(nn.Module):
 
 
 class ImageInput(nn.Module):
-    """Refuses what is no mini-batch of images of the right kind, before a layer inside does."""
+    """Returns its input, after checking that it is a mini-batch of images the network can take."""
 
     def __init__(self, channels: int, smallest: int) -> None:
         super().__init__()
@@ -67,7 +95,7 @@ class ImageInput(nn.Module):
         self.smallest = smallest
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tensor itself, or an error that says what is wrong with it."""
+        """The tensor itself, or an error that states the fault and the remedy."""
         shape = list(x.shape)
         if len(shape) != 4:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The published weights of BN-Inception: the pretrainedmodels port's files, read and written.
+"""The published weights of BN-Inception: the pretrainedmodels port's state dicts, read and written.
 
 The port (pretrainedmodels 0.7.4, ``bninception``) carries the Caffe weights that most users of
 BN-Inception have, in files such as ``bn_inception-52deb4733.pth``.
@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnlib.inception.architecture import BNInception
+from bnlib.inception.architecture import SMALLEST, BNInception
+from bnlib.inception.state_files import EXPECTED, first_few, open_state_dict
 
 __all__ = ["cadene_transform", "load_cadene", "to_cadene"]
 
-# Our names and the port's.  A layer's key is the port's stem name, or inception_<module>_<branch>;
-# its normalization's key has _bn after it.
-_STEM = {"conv1": "conv1_7x7_s2", "conv2_reduce": "conv2_3x3_reduce", "conv2": "conv2_3x3"}
-_BRANCHES = {
+# The port's names of our layers.  A layer's key is the port's name of the stem's layer, or
+# inception_<module>_<branch>; the key of its normalization has _bn after it.
+STEM = {"conv1": "conv1_7x7_s2", "conv2_reduce": "conv2_3x3_reduce", "conv2": "conv2_3x3"}
+BRANCHES = {
     "conv1x1": "1x1",
     "reduce3x3": "3x3_reduce",
     "conv3x3": "3x3",
@@ -33,29 +32,12 @@ _BRANCHES = {
     "double3x3_2": "double_3x3_2",
     "projection": "pool_proj",
 }
-_PARTS = {"conv": "", "norm": "_bn"}
+PARTS = {"conv": "", "norm": "_bn"}
 
-# What the weights leave open; every other option would make another function of them.
-_FREE_OPTIONS = (
-    "conv_bias",
-    "dropout",
-    "features_only",
-    "global_pool",
-    "num_classes",
-    "recompute",
-)
+# All other options are fixed by the weights.
+FREE_OPTIONS = ("conv_bias", "dropout", "features_only", "global_pool", "num_classes")
 
-_EXPECTED = (
-    "a state dict of the pretrainedmodels port of BN-Inception, as in bn_inception-52deb4733.pth"
-)
-_FILE_STARTS = {
-    b"<": "a web page, so the download has failed",
-    b"\x89HDF": "an HDF5 file, as Keras writes",
-    b"\x1f\x8b": "compressed with gzip; unpack it first",
-    b"PK": "a zip archive as torch.save writes, but cut off or damaged, or holding something else",
-    b"\x80": "a pickle, but cut off or damaged, or no checkpoint",
-}
-_NETWORKS = {  # by a key that only this network has
+NETWORKS = {  # by a key that only this network has
     "inception.3a.conv1x1.conv.weight": "this library's own; use BNInception(...).load_state_dict",
     "layer1.0.conv1.weight": "torchvision's resnet",
     "inception3a.branch1.conv.weight": "torchvision's googlenet",
@@ -78,11 +60,11 @@ def load_cadene(
     ----------
     path_or_state_dict
         A file, as ``torch.save`` writes it, or the state dict itself.  It may be nested under
-        "state_dict", and its keys may begin with "module.", as DataParallel leaves them.  Where the
-        file has vectors of shape (1, C), as files of the first PyTorch versions do, they count as
-        (C,).  ``num_batches_tracked`` may be missing.
+        "state_dict", and its keys may begin with "module.", as DataParallel leaves them.  Vectors
+        of shape (1, C), as files of the first PyTorch versions have, count as (C,).
+        ``num_batches_tracked`` may be missing.
     **options
-        ``dropout``, ``features_only``, ``global_pool`` and ``recompute`` of
+        ``dropout``, ``features_only`` and ``global_pool`` of
         :class:`~bnlib.inception.architecture.BNInception`.
         ``num_classes=0`` leaves out the classifier, whether or not the file has one; otherwise the
         number of classes is the file's.  ``conv_bias=False`` subtracts the convolutions' biases
@@ -103,38 +85,28 @@ def load_cadene(
         If an option is unknown or fixed by the weights, or the argument is neither a path nor a
         mapping.
     ValueError
-        If the file is no checkpoint, is cut off, holds more than tensors (nothing in it is ever
+        If the file is not a checkpoint, is cut off, holds more than tensors (nothing in it is ever
         executed), or belongs to another network; the message says what it looks like.
     """
-    if fixed := sorted(options.keys() - set(_FREE_OPTIONS)):
-        raise TypeError(f"options {fixed}: these weights leave only {list(_FREE_OPTIONS)} open")
-    if isinstance(path_or_state_dict, (str, os.PathLike)):
-        name = f"file {os.fspath(path_or_state_dict)!r}"
-        found = _state_dict(_read(path_or_state_dict, name), name)
-    elif isinstance(path_or_state_dict, Mapping):
-        name = "the state dict"
-        found = _state_dict(path_or_state_dict, name)
-    else:
-        raise TypeError(
-            f"got a {type(path_or_state_dict).__name__}; expected a path or a state dict (of a "
-            "model: model.state_dict())"
-        )
+    if fixed := sorted(options.keys() - set(FREE_OPTIONS)):
+        raise TypeError(f"options {fixed}: these weights leave only {list(FREE_OPTIONS)} open")
+    found, name = open_state_dict(path_or_state_dict)
 
-    classifier = {key: value for key, value in found.items() if key.startswith("last_linear.")}
-    has_classifier = options.get("num_classes") != 0 and not options.get("features_only")
-    if not has_classifier:
-        found = {key: value for key, value in found.items() if key not in classifier}
-    weight = classifier.get("last_linear.weight")
+    weight = found.get("last_linear.weight")
     classes = len(weight) if weight is not None and weight.ndim == 2 else 1000
     if options.get("num_classes", classes) not in (0, classes):
         raise ValueError(
             f"num_classes is {options['num_classes']}, but {name} has {classes} classes. For "
             "others, load it and put a new torch.nn.Linear(model.num_features, classes) at model.fc"
         )
+    if options.get("num_classes") == 0 or options.get("features_only"):
+        options["num_classes"] = 0
+        found = {key: v for key, v in found.items() if not key.startswith("last_linear.")}
+    else:
+        options["num_classes"] = classes
     first = found.get("conv1_7x7_s2.weight")
     in_chans = first.shape[1] if first is not None and first.ndim == 4 else 3
-    keep_bias = bool(options.pop("conv_bias", True))
-    options["num_classes"] = classes if has_classifier else 0
+    keep_bias = options.pop("conv_bias", True)
 
     model = _skeleton(in_chans, conv_bias=True, **options)
     state = _matched(model, found, name)
@@ -152,9 +124,9 @@ def to_cadene(model: BNInception) -> dict[str, Tensor]:
     Parameters
     ----------
     model
-        Made with ``pool_proj_4cd=128``, and otherwise as the port: plain stem, batch normalization,
-        ReLU, no local response normalization, average pooling, a classifier.  An auxiliary head is
-        left out, and convolutions without bias get zeros: evaluation does not change by either.
+        Made with ``pool_proj_4cd=128``, and otherwise as the port: width 1, plain stem, batch
+        normalization, ReLU, no local response normalization, average pooling, a classifier.
+        Convolutions without bias get biases of zero, which does not change the function.
 
     Returns
     -------
@@ -166,11 +138,11 @@ def to_cadene(model: BNInception) -> dict[str, Tensor]:
     TypeError
         If the model is not a :class:`~bnlib.inception.architecture.BNInception`.
     ValueError
-        If the port could not compute what this network does; the message says where it differs.
+        If the port cannot compute what this network does; the message says where it differs.
     """
     if not isinstance(model, BNInception):
         raise TypeError(f"got a {type(model).__name__}; only a BNInception has the port's layers")
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("auxiliary.")}
+    state = dict(model.state_dict())
     classes = model.fc.out_features if isinstance(model.fc, nn.Linear) else 1000
     like = _skeleton(model.images.channels, num_classes=classes, conv_bias=True)
     expected = like.state_dict()
@@ -218,10 +190,10 @@ def cadene_transform(resize: int = 256, size: int = 224) -> Callable[[Any], Tens
     ValueError
         If the square is too small for the network or larger than the image would be.
     """
-    if not 32 <= size <= resize:
+    if not SMALLEST <= size <= resize:
         raise ValueError(
-            f"size is {size} and resize {resize}; size must be from 32, the smallest image that "
-            "the network takes, to resize"
+            f"size is {size} and resize {resize}; size must be from {SMALLEST}, the smallest image "
+            "that the network takes, to resize"
         )
     try:
         from torchvision.transforms import v2
@@ -255,60 +227,13 @@ def _their_key(ours: str) -> str:
     if path == ["fc"]:
         return f"last_linear.{tensor}"
     *layer, part = path
-    name = f"inception_{layer[1]}_{_BRANCHES[layer[2]]}" if len(layer) > 1 else _STEM[layer[0]]
-    return f"{name}{_PARTS[part]}.{tensor}"
-
-
-def _read(path: str | os.PathLike[str], name: str) -> Any:
-    """What a file holds, if that is nothing but tensors and plain containers."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no {name}; expected {_EXPECTED}, downloaded before")
-    if os.path.isdir(path):
-        raise ValueError(f"{name} is a directory; expected a file with {_EXPECTED}")
-    with open(path, "rb") as file:
-        start = file.read(8)
-        file.seek(0)
-        if not start:
-            raise ValueError(f"{name} is empty; expected {_EXPECTED}. Download it again")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file makes torch.load fail in any of many ways
-            reason = str(error)
-    # Not chained, nor its warnings shown: torch advises to load the file with less caution.
-    if code := re.search(r"(?:GLOBAL|global:?) (\S+\.\S+)", reason):
-        raise ValueError(
-            f"{name} holds more than tensors ({code[1]}), and loading that could run code, so it "
-            f"was not loaded; expected {_EXPECTED}. If it is yours, save model.state_dict() instead"
-        )
-    kinds = (what for head, what in _FILE_STARTS.items() if start.lstrip().startswith(head))
-    looks = next(kinds, f"no file that torch.save writes: its first bytes are {start!r}")
-    raise ValueError(
-        f"{name} cannot be read as a checkpoint. It is {looks}. Expected "
-        f"{_EXPECTED}. Compare its size with the source's, or download it again"
-    )
-
-
-def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
-    """The tensors by name, without nesting and prefix."""
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} holds a {type(content).__name__}; expected {_EXPECTED}")
-    if others := [key for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"{name} holds {_first(map(repr, others))} that are no tensors; expected {_EXPECTED}, "
-            'at the top or under "state_dict"'
-        )
-    prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
-    return {str(key)[len(prefix) :]: value.detach() for key, value in content.items()}
+    name = f"inception_{layer[1]}_{BRANCHES[layer[2]]}" if len(layer) > 1 else STEM[layer[0]]
+    return f"{name}{PARTS[part]}.{tensor}"
 
 
 def _matched(model: BNInception, found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Copies of the tensors under our names, after every name and shape has been compared."""
-    ours = {_their_key(key): key for key in model.state_dict()}
-    expected = {theirs: model.state_dict()[key] for theirs, key in ours.items()}
+    expected = {_their_key(key): value for key, value in model.state_dict().items()}
     found = dict(found)
     for theirs, like in expected.items():
         if theirs.endswith(".num_batches_tracked"):
@@ -316,21 +241,20 @@ def _matched(model: BNInception, found: Mapping[str, Tensor], name: str) -> dict
         elif theirs in found and found[theirs].shape == (1, *like.shape) and like.ndim == 1:
             found[theirs] = found[theirs][0]
     if differences := _differences(expected, found):
-        looks = next((what for key, what in _NETWORKS.items() if key in found), None)
-        nested = [key for key in found if key.endswith(".conv1_7x7_s2.weight")]
-        if nested:
+        looks = next((network for key, network in NETWORKS.items() if key in found), None)
+        if nested := [key for key in found if key.endswith(".conv1_7x7_s2.weight")]:
             prefix = nested[0].removesuffix("conv1_7x7_s2.weight")
             looks = f"the port's with {prefix!r} before each key; remove that"
         raise ValueError(
-            f"{name} does not fit; expected {_EXPECTED}:\n"
+            f"{name} does not fit; expected {EXPECTED}:\n"
             + "\n".join(differences)
             + (f"\nIts keys look like {looks}" if looks else "")
         )
-    return {key: found[theirs].clone() for theirs, key in ours.items()}
+    return {key: found[_their_key(key)].clone() for key in model.state_dict()}
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``found`` from taking the place of ``expected``, one line for each kind."""
+    """Why ``found`` cannot take the place of ``expected``: one line for each kind of difference."""
     both = expected.keys() & found.keys()
     kinds = {
         "missing": [key for key in expected if key not in both],
@@ -343,11 +267,4 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
             != (found[key].shape, found[key].is_floating_point())
         ],
     }
-    return [f"  {kind}: {_first(keys)}" for kind, keys in kinds.items() if keys]
-
-
-def _first(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return [f"  {kind}: {first_few(keys)}" for kind, keys in kinds.items() if keys]

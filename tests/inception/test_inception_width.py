@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnlib import bn_inception, fold_batch_norm
+from bnlib import bn_inception
 from bnlib.inception import load_cadene, module_costs, to_cadene
 from bnlib.inception.table import FIGURE5, MODULES, repaired, scaled
 from bnlib.runs import data_folder
@@ -113,29 +113,21 @@ def test_feature_maps_have_the_scaled_channels(width):
 @pytest.mark.parametrize(
     "options", [{}, {"stem": "separable"}, {"normalization": "per-activation-last"}]
 )
-def test_a_narrow_network_trains(options):
+def test_a_narrow_network_learns_a_batch_by_heart(options):
     torch.manual_seed(0)
     model = bn_inception(width=0.25, num_classes=4, image_size=32, **options)
     x, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     losses = []
-    for _ in range(12):
+    for _ in range(15):
         loss = nn.functional.cross_entropy(model(x), labels)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_a_narrow_network_folds():
-    model = bn_inception(width=0.25, num_classes=4).double()
-    x = torch.randn(6, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        model(x)
-        expected = model.eval()(x)
-        torch.testing.assert_close(fold_batch_norm(model)(x), expected, rtol=1e-9, atol=1e-12)
+    assert losses[0] == pytest.approx(math.log(4), abs=0.5)
+    assert losses[-1] < 0.3
 
 
 @pytest.mark.parametrize("width", [0, -0.5, math.inf, math.nan, "0.5", None])
