@@ -46,7 +46,7 @@ def _train(argv: list[str]) -> int:
     out = arguments.out or Path("runs") / chosen.name
     verdict = train(chosen, arguments.data, out, options)
     _say(f"{chosen.name}: {verdict}")
-    return DIVERGED if verdict.startswith("diverged") else FINISHED
+    return DIVERGED if verdict.diverged else FINISHED
 
 
 def _is_first() -> bool:
@@ -114,7 +114,8 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
     import torch
 
     from bnlib.imagenet.data.folders import open_source
-    from bnlib.imagenet.evaluation.accuracy import evaluate_ensemble, load_network
+    from bnlib.imagenet.evaluation.accuracy import accuracies, load_network
+    from bnlib.imagenet.evaluation.inference import predict
     from bnlib.imagenet.evaluation.predictions import ACCURACIES, Evaluated, record_accuracies
     from bnlib.imagenet.processes import processes
     from bnlib.runs import check_name
@@ -139,7 +140,7 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
                 f"the networks are for crops of {sorted(sizes)} pixels; one size is needed, as "
                 "every image is cut once for all of them"
             )
-        accuracies, together = evaluate_ensemble(
+        predicted = predict(
             [each.to(group.device).to(memory_format=torch.channels_last) for each in networks],
             source,
             recipes[0].image_size,
@@ -149,8 +150,9 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
             batch=arguments.batch,
             progress=True,
         )
+        *scores, together = accuracies(predicted, len(networks), group)
     rows = []
-    for path, recipe, accuracy in zip(paths, recipes, accuracies, strict=True):
+    for path, recipe, accuracy in zip(paths, recipes, scores, strict=True):
         rows.append(Evaluated(recipe.name, 1, arguments.crops, accuracy))
         _say(f"{path}: {arguments.crops} crops: {accuracy}")
     if len(paths) > 1:

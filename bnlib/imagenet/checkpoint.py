@@ -22,7 +22,7 @@ import torch
 
 from bnlib.runs import write_atomically
 
-__all__ = ["CheckpointError", "alone", "checkpoints", "load", "load_latest", "save"]
+__all__ = ["CheckpointError", "checkpoints", "load", "load_latest", "lock_run_folder", "save"]
 
 _LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
@@ -33,7 +33,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Keep a folder from being trained in twice: each run would remove the other's checkpoints.
 
     What keeps it is a lock on a file there, which ends with this process in whatever way.

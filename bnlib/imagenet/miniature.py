@@ -232,7 +232,7 @@ def _record(task: tuple[Recipe, str, Path, Options, Path]) -> str:
         return f"{recipe.name}: recorded before"
     torch.set_num_threads(1)
     verdict = train(recipe, data, out / recipe.name, options)
-    if not verdict.startswith("stopped"):
+    if not verdict.stopped:
         shutil.copytree(out / recipe.name / "recorded", root, dirs_exist_ok=True)
     return f"{recipe.name}: {verdict}"
 

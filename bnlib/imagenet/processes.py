@@ -28,11 +28,14 @@ class Processes:
         How many there are.
     device
         Where it computes.
+    patient
+        The group of all processes whose timeout is long, for :meth:`barrier`.
     """
 
     rank: int
     world: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -52,19 +55,17 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def greatest(self, tensor: Tensor) -> Tensor:
-        """The greatest over all processes."""
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """The greatest over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def any_soon(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up in any process; many processes ask each other every ten steps."""
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is true in any process."""
         if self.world == 1:
             return flag
-        if step % 10:
-            return False
-        return bool(self.greatest(torch.tensor(int(flag), device=self.device)))
+        return bool(self.all_reduce_max(torch.tensor(int(flag), device=self.device)))
 
     def average_statistics(self, model: nn.Module) -> None:
         """Population statistics over the mini-batches of all processes, each with as many."""
@@ -75,11 +76,9 @@ class Processes:
                 self.mean(layer.running_var)
 
     def barrier(self) -> None:
-        """Wait for all processes, for hours if need be: the first may be unpacking archives."""
+        """Wait for all processes, for up to twelve hours: the first may be unpacking archives."""
         if self.world > 1:
-            patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-            assert isinstance(patient, dist.ProcessGroup)
-            dist.barrier(patient)
+            dist.barrier(self.patient)
 
 
 @contextlib.contextmanager
@@ -124,6 +123,8 @@ def processes(device: str) -> Iterator[Processes]:
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), world, place)
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+        assert isinstance(patient, dist.ProcessGroup)
+        yield Processes(dist.get_rank(), world, place, patient)
     finally:
         dist.destroy_process_group()

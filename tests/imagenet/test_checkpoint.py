@@ -37,9 +37,9 @@ from bnlib import runs
 from bnlib.imagenet import checkpoint
 from bnlib.imagenet.checkpoint import CheckpointError
 from bnlib.imagenet.training import log as metrics
+from bnlib.imagenet.training import loop
 from bnlib.imagenet.training.log import Metrics, read_metrics
 from bnlib.imagenet.training.loop import train
-from bnlib.imagenet.training.state import Run
 
 pytestmark = pytest.mark.usefixtures("tiny")
 LONG = TINY.replace(steps=40)
@@ -97,7 +97,7 @@ def kill_self(*_: Any, **__: Any) -> None:
         pytest.param(Path, "unlink", 7, id="while old ones are removed"),
         pytest.param(torch.optim.SGD, "step", 7, id="before an update"),
         pytest.param(json, "dumps", 9, id="between a checkpoint and the metrics"),
-        pytest.param(Run, "evaluate", 2, id="before an evaluation"),
+        pytest.param(loop, "evaluate_held_out", 2, id="before an evaluation"),
     ],
 )
 def test_killed_at_its_weakest_moments_the_run_ends_bit_identical(
@@ -124,6 +124,36 @@ def test_killed_at_its_weakest_moments_the_run_ends_bit_identical(
     assert_same_end(tmp_path, uninterrupted[0])
     assert not list(tmp_path.glob(".step-*")), "what the kill left is gone"
     assert len(checkpoint.checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("stop", [7, 9])
+def test_the_logged_losses_do_not_depend_on_where_a_run_was_interrupted(
+    stop: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, original, calls = changed(log_every=5), torch.optim.SGD.step, 0
+
+    def signalled(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    recipe = TINY.replace(steps=15)
+    train(recipe, data, tmp_path / "whole", options)
+    monkeypatch.setattr(torch.optim.SGD, "step", signalled)
+    assert train(recipe, data, tmp_path / "parts", options).stopped
+    assert train(recipe, data, tmp_path / "parts", options).finished
+    whole, parts = (
+        [
+            (row["step"], row["loss"], row["top1"])
+            for row in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for name in ("whole", "parts")
+    )
+    assert [step for step, *_ in whole] == [5, 10, 15]
+    assert parts == whole
 
 
 def test_two_processes_killed_and_resumed_end_bit_identical(data: Path, tmp_path: Path) -> None:
@@ -174,12 +204,12 @@ def test_a_signal_saves_and_stops_and_the_same_call_goes_on(
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.optim.SGD, "step", signalled)
-        assert train(LONG, data, tmp_path, QUIET) == "stopped at step 7"
+        assert str(train(LONG, data, tmp_path, QUIET)) == "stopped at step 7"
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert f"{number.name}: saving and stopping" in caplog.text
     assert checkpoint.load(tmp_path)["step"] == 7
     assert not (tmp_path / "recorded").exists(), "a run that stopped has not come to its end"
-    assert train(LONG, data, tmp_path, QUIET) == "finished"
+    assert train(LONG, data, tmp_path, QUIET).finished
     assert_same_end(tmp_path, uninterrupted[0])
 
 
@@ -195,9 +225,9 @@ def test_two_processes_stop_together_when_one_is_asked_to(data: Path, tmp_path: 
 
 
 def test_a_finished_run_that_is_started_again_stays_finished(data: Path, tmp_path: Path) -> None:
-    assert train(TINY, data, tmp_path, QUIET) == "finished"
+    assert train(TINY, data, tmp_path, QUIET).finished
     before = tensors(checkpoint.load(tmp_path))
-    assert train(TINY, data, tmp_path, QUIET) == "finished"
+    assert train(TINY, data, tmp_path, QUIET).finished
     after = tensors(checkpoint.load(tmp_path))
     assert all(torch.equal(v, after[k]) for k, v in before.items() if isinstance(v, torch.Tensor))
     assert runs.read("imagenet", "bn-x5", root=tmp_path / "recorded").manifest["verdict"] == (
@@ -239,7 +269,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     assert "damaged" in warning
     assert "falling back" in warning
     assert before.exists()
-    assert train(LONG, data, tmp_path, QUIET) == "finished"
+    assert train(LONG, data, tmp_path, QUIET).finished
     assert_same_end(tmp_path, uninterrupted[0])
 
 
@@ -327,7 +357,7 @@ def test_a_full_disk_loses_nothing_and_training_goes_on(
             found.append([checkpoint.load(p)["step"] for p in checkpoint.checkpoints(folder)])
 
     monkeypatch.setattr(checkpoint, "save", watched)
-    assert train(LONG, data, tmp_path, changed(save_every=4, keep=1)) == "finished"
+    assert train(LONG, data, tmp_path, changed(save_every=4, keep=1)).finished
     assert found == [[4], [4], [4], [4], [4], [24], [28], [32], [36], [40]]
     assert "no checkpoint at step 8: [Errno 28] No space left on device" in caplog.text
     assert not list(tmp_path.glob(".*.tmp"))
@@ -465,7 +495,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused_unless_told_to_a
     assert finished(*ranks(2, TINY, data, [tmp_path], QUIET)) == [0, 0]
     with pytest.raises(CheckpointError, match="processes: 2 there, 1 here"):
         train(TINY, data, tmp_path, QUIET)
-    assert train(TINY, data, tmp_path, changed(adapt=True)) == "finished"
+    assert train(TINY, data, tmp_path, changed(adapt=True)).finished
 
 
 def test_an_adapted_run_goes_on_with_its_own_recipe(data: Path, tmp_path: Path) -> None:
@@ -473,7 +503,7 @@ def test_an_adapted_run_goes_on_with_its_own_recipe(data: Path, tmp_path: Path) 
     first = checkpoint.load(tmp_path)
     assert first["average"] == {}
     recipe = TINY.replace(momentum=0.5, weight_decay=0.01, learning_rate=1e-9)
-    assert train(recipe, data, tmp_path, changed(adapt=True)) == "finished"
+    assert train(recipe, data, tmp_path, changed(adapt=True)).finished
     after = checkpoint.load(tmp_path)
     assert (after["step"], json.loads(after["recipe"])["momentum"]) == (8, 0.5)
     groups = after["optimizer"]["param_groups"]

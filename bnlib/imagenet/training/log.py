@@ -1,18 +1,26 @@
-"""What a training run reports: JSON lines, TensorBoard's files, and a bar."""
+"""What a training run reports: lines of metrics, TensorBoard's files, a bar, the recorded run."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bnlib.runs import write_atomically
+from tqdm import tqdm
 
-__all__ = ["Metrics", "read_metrics"]
+from bnlib import runs
+from bnlib.imagenet.evaluation.accuracy import Accuracy
+from bnlib.imagenet.options import Options
+from bnlib.imagenet.training.state import State
+from bnlib.runs import Verdict, write_atomically
+
+__all__ = ["Metrics", "Report", "errors_logged", "read_metrics"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -106,3 +114,128 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
         elif isinstance(value, (int, float)):
             yield name, value
+
+
+class Report:
+    """What one training run shows and writes: a line of metrics, the bar, the recorded run.
+
+    Every process calls its methods; the first one writes.
+
+    Parameters
+    ----------
+    state
+        Of the run, new or resumed.
+    out
+        The run's folder.
+    options
+        Which reports are wanted.
+    """
+
+    def __init__(self, state: State, out: Path, options: Options) -> None:
+        self._state, self._out, self._options = state, out, options
+        first, steps = state.group.first, state.recipe.steps
+        self._metrics = Metrics(out, state.step, options.tensorboard) if first else None
+        self._bar = tqdm(
+            total=steps, initial=state.step, unit="step", disable=None if first else True
+        )
+        self._timed_from = state.step, time.perf_counter()
+
+    def advance(self) -> None:
+        """Move the bar by a step."""
+        self._bar.update()
+
+    def training(self, damaged: int) -> None:
+        """Write the means over the steps since the last such line, which is moved here."""
+        state = self._state
+        timed, since = self._timed_from
+        speed = (state.step - timed) * state.recipe.batch_size / (time.perf_counter() - since)
+        loss, top1 = (state.group.mean(state.sums) / (state.step - state.logged)).tolist()
+        state.sums.zero_()
+        state.logged, self._timed_from = state.step, (state.step, time.perf_counter())
+        self._bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top1:.1%}", img_s=f"{speed:.0f}")
+        if self._metrics is None:
+            return
+        self._metrics.write(
+            state.step,
+            loss=loss,
+            top1=top1,
+            learning_rate=state.optimizer.param_groups[0]["lr"],
+            images_per_s=speed,
+            damaged=damaged,
+        )
+        if self._bar.disable:
+            _LOGGER.info(
+                "step %d of %d: loss %.3f, top-1 %.1f %%, %.0f images/s",
+                *(state.step, state.recipe.steps, loss, 100 * top1, speed),
+            )
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A time that does not count in the speed of training."""
+        started = time.perf_counter()
+        yield
+        step, since = self._timed_from
+        self._timed_from = step, since + time.perf_counter() - started
+
+    def evaluation(self, accuracy: Accuracy) -> None:
+        """Write an accuracy on the held-out images."""
+        if self._metrics is not None:
+            self._metrics.write(self._state.step, evaluation=dataclasses.asdict(accuracy))
+            _LOGGER.info("step %d: held out: %s", self._state.step, accuracy)
+
+    def is_evaluated(self) -> bool:
+        """Whether the metrics have an evaluation of the present step."""
+        rows = read_metrics(self._out / "metrics.jsonl")
+        step = self._state.step
+        return self._state.group.any_rank(
+            any(row["step"] == step and "evaluation" in row for row in rows)
+        )
+
+    def finish(self, verdict: Verdict, dataset: str) -> None:
+        """Close the reports; record a run that came to its end."""
+        self._bar.close()
+        if self._metrics is not None:
+            self._metrics.write(self._state.step, verdict=str(verdict))
+            self._metrics.close()
+            if not verdict.stopped:
+                with errors_logged("the recorded run"):
+                    self._record(verdict, dataset)
+            _LOGGER.info("%s: %s", self._state.recipe.name, verdict)
+        self._state.group.barrier()
+
+    def _record(self, verdict: Verdict, dataset: str) -> None:
+        lines = []
+        for row in read_metrics(self._out / "metrics.jsonl"):
+            if held_out := row.get("evaluation"):
+                values = (held_out[name] for name in ("loss", "top1", "top5"))
+                lines.append((row["step"], "held out", *values))
+            elif "loss" in row:
+                lines.append((row["step"], "training", row["loss"], row["top1"], float("nan")))
+        columns = list(zip(*lines, strict=True)) or [()] * 5
+        names = ("step", "part", "cross_entropy_nats", "top1", "top5")
+        state = self._state
+        runs.write(
+            self._options.experiment,
+            state.recipe.name,
+            dict(zip(names, columns, strict=True)),
+            configuration={
+                "recipe": dataclasses.asdict(state.recipe),
+                "options": dataclasses.asdict(self._options),
+                "processes": state.group.world,
+            },
+            seed=state.recipe.seed,
+            dataset={"name": dataset, "sha256": state.identity["data"]},
+            started=state.started,
+            duration_s=state.seconds,
+            verdict=str(verdict),
+            root=self._out / "recorded",
+        )
+
+
+@contextlib.contextmanager
+def errors_logged(what: str) -> Iterator[None]:
+    """A file that cannot be written is logged as an error; training goes on without it."""
+    try:
+        yield
+    except OSError as error:
+        _LOGGER.error("%s cannot be written: %s", what, error)

@@ -19,37 +19,34 @@ unless ``sync_bn`` joins those of all processes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
+import itertools
 import logging
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
+from torch import nn
 
-from bnlib.imagenet.checkpoint import alone
+from bnlib.imagenet.checkpoint import lock_run_folder
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.source import Source, check_classes
 from bnlib.imagenet.options import Options
 from bnlib.imagenet.processes import Processes, processes
 from bnlib.imagenet.recipes import Recipe
-from bnlib.imagenet.training.log import Metrics
-from bnlib.imagenet.training.state import Run, weight_decay_on_weights
-from bnlib.imagenet.training.step import follow, loss_of, seed_dropout
+from bnlib.imagenet.training.held_out import evaluate_held_out
+from bnlib.imagenet.training.log import Report
+from bnlib.imagenet.training.state import Diverged, State
+from bnlib.imagenet.training.step import train_step
+from bnlib.imagenet.training.stop import Stop, stop_signals
+from bnlib.runs import Verdict
 
 __all__ = ["train"]
 
 _LOGGER = logging.getLogger(__name__)
-_NEVER = 2**62
 
 
-def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -> str:
+def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -> Verdict:
     """Train a recipe's network, resuming what stands in ``out``.
 
     Parameters
@@ -67,7 +64,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
 
     Returns
     -------
-    str
+    Verdict
         "finished"; "diverged at step N", when the loss after N steps is not finite, which is a
         result; or "stopped at step N", after SIGTERM or SIGINT, with a checkpoint.
 
@@ -82,139 +79,75 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
     out = Path(out)
     with (
         processes(options.device) as group,
-        _stop_signals() as stop,
-        contextlib.ExitStack() as stack,
+        stop_signals() as stop,
+        lock_run_folder(out) if group.first else contextlib.nullcontext(),
     ):
-        device = group.device
+        _check_machine(recipe, group)
         source, held_out = _open(data, "train", group), _open(data, "val", group)
         _check_classes(recipe, source, held_out, group)
-        micro_batches = _micro_batches(recipe, group)
-
-        if device.type == "cuda":  # all mini-batches have one shape: the search pays
+        if group.device.type == "cuda":  # all mini-batches have one shape: the search pays
             torch.backends.cudnn.benchmark = True
-        torch.manual_seed(recipe.seed)
-        model: nn.Module = recipe.network()
-        model = model.to(device).to(memory_format=torch.channels_last)
-        if recipe.sync_bn and group.world > 1:
-            _check_sync(device)
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        average = AveragedModel(model) if recipe.polyak else None
-        optimizer = torch.optim.SGD(
-            weight_decay_on_weights(model, recipe.weight_decay),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-        )
-        run = Run(recipe, options, group, out, source, held_out, model, average, optimizer)
-        if group.first:
-            stack.enter_context(alone(out))
-        run.resume()
-
-        network: nn.Module = model
+        state = State(recipe, source, group)
+        state.resume(out, adapt=options.adapt)
+        network = state.model
         if group.world > 1:
             network = nn.parallel.DistributedDataParallel(network)
         if options.compile:
             network.compile()
-        stream = batches(
+        stream = functools.partial(
+            batches,
             source,
             recipe,
-            start_step=run.step,
             rank=group.rank,
             world=group.world,
             workers=options.workers,
-            device=device,
+            device=group.device,
         )
-        metrics = Metrics(out, run.step, options.tensorboard) if group.first else None
-        bar = tqdm(
-            total=recipe.steps,
-            initial=run.step,
-            unit="step",
-            disable=None if group.first else True,
-        )
-        sums, since = torch.zeros(2, device=device), (run.step, time.perf_counter())
-        first_bad = torch.tensor(_NEVER, device=device)
-        evaluated = run.is_evaluated()  # or a kill came between a checkpoint and its evaluation
+        loader, report = stream(start_step=state.step), Report(state, out, options)
 
-        while True:
-            ending = run.step >= recipe.steps
-            if not evaluated and (ending or _is_due(options.eval_every, run.step)):
-                result = run.evaluate()
-                if result is None:
-                    return run.finish(f"diverged at step {run.step}", metrics, bar)
-                if metrics:
-                    metrics.write(run.step, evaluation=dataclasses.asdict(result))
-                    _LOGGER.info("step %d: held out: %s", run.step, result)
-                since = (since[0], since[1] + run.evaluation_s)
-            if ending:
-                return run.finish("finished", metrics, bar)
-            evaluated = False
+        def evaluate() -> None:
+            with report.pause():
+                accuracy = evaluate_held_out(state, stream, held_out, out, options)
+            report.evaluation(accuracy)
 
-            step, images, labels = next(stream)
-            images = images.to(memory_format=torch.channels_last)
-            seed_dropout(recipe, step, group.rank)
-            rate = recipe.learning_rate_at(step, stream.steps_per_epoch)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
-            network.train()
-            optimizer.zero_grad(set_to_none=True)
-            for number, (part, targets) in enumerate(
-                zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True), 1
-            ):
-                with _gradients_stay(network, number < micro_batches):
-                    with run.autocast():
-                        logits, loss = loss_of(network(part), targets)
-                    (loss / micro_batches).backward()
-                right = (logits.argmax(1) == targets).float().mean()
-                sums += torch.stack([loss.detach(), right]) / micro_batches
-                bad = torch.where(loss.detach().isfinite(), _NEVER, step)
-                first_bad = torch.minimum(first_bad, bad)
-            optimizer.step()
-            run.step = step + 1
-            if average is not None:
-                follow(average, model, recipe.polyak, step)
-            bar.update()
+        def is_due(every: int) -> bool:
+            return state.step == recipe.steps or (every > 0 and state.step % every == 0)
 
-            ending = run.step == recipe.steps
-            logging_now = ending or _is_due(options.log_every, run.step)
-            # before an evaluation too, as it takes long and may fail
-            saving_now = ending or any(
-                _is_due(every, run.step) for every in (options.save_every, options.eval_every)
-            )
-            if logging_now or saving_now:
-                worst = _diverged_at(first_bad, run)
-                if worst < _NEVER:
-                    return run.finish(f"diverged at step {worst}", metrics, bar)
-            if logging_now:
-                steps, seconds = run.step - since[0], time.perf_counter() - since[1]
-                loss, right = (group.mean(sums) / steps).tolist()
-                speed = steps * recipe.batch_size / seconds
-                bar.set_postfix(loss=f"{loss:.3f}", top1=f"{right:.1%}", img_s=f"{speed:.0f}")
-                if metrics:
-                    metrics.write(
-                        run.step,
-                        loss=loss,
-                        top1=right,
-                        learning_rate=rate,
-                        images_per_s=speed,
-                        damaged=len(stream.damaged),
-                    )
-                    if bar.disable:
-                        _LOGGER.info(
-                            "step %d of %d: loss %.3f, top-1 %.1f %%, %.0f images/s",
-                            *(run.step, recipe.steps, loss, 100 * right, speed),
-                        )
-                sums, since = torch.zeros_like(sums), (run.step, time.perf_counter())
-            if saving_now:
-                run.save(must=ending)
-            if group.any_soon(stop.requested, run.step) and not ending:
-                worst = _diverged_at(first_bad, run)
-                if worst < _NEVER:
-                    return run.finish(f"diverged at step {worst}", metrics, bar)
-                run.save(must=True)
-                return run.finish(f"stopped at step {run.step}", metrics, bar)
+        try:
+            if state.step and is_due(options.eval_every) and not report.is_evaluated():
+                evaluate()  # a kill came between a checkpoint and its evaluation
+            for _, images, labels in itertools.islice(loader, recipe.steps - state.step):
+                train_step(state, network, images, labels, loader.steps_per_epoch)
+                report.advance()
+                is_last = state.step == recipe.steps
+                stopping = not is_last and _is_stop_asked(stop, state)
+                log, evaluation = is_due(options.log_every), is_due(options.eval_every)
+                # before an evaluation too, as it takes long and may fail
+                save = is_due(options.save_every) or evaluation or stopping
+                if log or save:
+                    state.check_finite()
+                if log:
+                    report.training(len(loader.damaged))
+                if save:
+                    state.save(out, options.keep, raise_on_error=is_last or stopping)
+                if stopping:
+                    verdict = Verdict("stopped", state.step)
+                    break
+                if evaluation:
+                    evaluate()
+            else:
+                verdict = Verdict("finished")
+        except Diverged as error:
+            verdict = Verdict("diverged", error.step)
+        report.finish(verdict, source.location)
+        return verdict
 
 
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def _is_stop_asked(stop: Stop, state: State) -> bool:
+    """Whether any process is asked to stop; many processes ask each other every ten steps."""
+    if state.group.world > 1 and state.step % 10:
+        return False
+    return state.group.any_rank(stop.requested)
 
 
 def _open(data: str | Path, split: str, group: Processes) -> Source:
@@ -233,13 +166,8 @@ def _check_classes(recipe: Recipe, source: Source, held_out: Source, group: Proc
         )
 
 
-def _diverged_at(first_bad: Tensor, run: Run) -> int:
-    """After how many steps the loss, a parameter or a statistic was not finite, in any process."""
-    found = first_bad if run.is_finite() else first_bad.clamp(max=run.step)
-    return -int(run.group.greatest(-found))
-
-
-def _micro_batches(recipe: Recipe, group: Processes) -> int:
+def _check_machine(recipe: Recipe, group: Processes) -> None:
+    """Refuse a recipe that these processes cannot run."""
     parts = group.world * recipe.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
@@ -247,55 +175,12 @@ def _micro_batches(recipe: Recipe, group: Processes) -> int:
             f"with {recipe.accumulate} micro-batches each; set --batch-size to a multiple of "
             f"{parts}"
         )
+    joined = recipe.sync_bn and group.world > 1
+    if joined and group.device.type != "cuda":
+        raise ValueError(
+            "sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is "
+            f"{group.device}. Leave --sync-bn out"
+        )
     if parts > 1 and recipe.normalization != "none" and group.first:
-        joined = recipe.sync_bn and group.world > 1
         examples = recipe.batch_size // (recipe.accumulate if joined else parts)
         _LOGGER.info("batch normalization is over %d examples of %d", examples, recipe.batch_size)
-    return recipe.accumulate
-
-
-def _check_sync(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ValueError(
-            f"sync_bn is torch.nn.SyncBatchNorm, which needs GPUs; the device is {device}. Leave "
-            "--sync-bn out"
-        )
-
-
-@contextlib.contextmanager
-def _gradients_stay(network: nn.Module, here: bool) -> Iterator[None]:
-    """Between micro-batches gradients are not exchanged among the processes."""
-    no_sync = getattr(network, "no_sync", contextlib.nullcontext)
-    with no_sync() if here else contextlib.nullcontext():
-        yield
-
-
-class _Stop:
-    requested, since = False, 0.0
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the step.
-
-    Schedulers, terminals and ``torchrun`` may each send the same request, so further ones change
-    nothing; but a SIGINT that comes seconds later is somebody who will not wait.
-    """
-    stop = _Stop()
-    before: dict[int, Any] = {}
-
-    def ask(number: int, _: Any) -> None:
-        if not stop.requested:
-            stop.requested, stop.since = True, time.monotonic()
-            _LOGGER.warning("%s: saving and stopping", signal.Signals(number).name)
-        elif number == signal.SIGINT and time.monotonic() - stop.since > 5:
-            raise KeyboardInterrupt
-
-    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-        with contextlib.suppress(ValueError):  # not in the main thread: signals go elsewhere
-            before[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

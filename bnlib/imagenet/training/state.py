@@ -1,39 +1,40 @@
-"""A training run as one thing: what is saved, resumed, evaluated and recorded together."""
+"""What a training run saves and resumes: the network, its average, the optimizer, the step."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-import io
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bnlib import runs
 from bnlib.imagenet import checkpoint
-from bnlib.imagenet.data.decode import DamagedImage
-from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.source import Source
-from bnlib.imagenet.evaluation.accuracy import Accuracy, evaluate
-from bnlib.imagenet.options import Options
 from bnlib.imagenet.processes import Processes
 from bnlib.imagenet.recipes import Recipe
-from bnlib.imagenet.training.log import Metrics, read_metrics
-from bnlib.population import population_statistics
 
-__all__ = ["Run", "weight_decay_on_weights"]
+__all__ = ["Diverged", "State", "weight_decay_on_weights"]
 
 _LOGGER = logging.getLogger(__name__)
-_COLUMNS = ("loss", "top1", "top5")
+_NEVER = 2**62
+
+
+class Diverged(Exception):  # noqa: N818  (a result, not an error)
+    """Raised if the network has diverged.
+
+    Attributes
+    ----------
+    step
+        Steps after which a loss, a parameter or a statistic is not finite.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 def weight_decay_on_weights(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -48,109 +49,175 @@ def weight_decay_on_weights(model: nn.Module, weight_decay: float) -> list[dict[
     ]
 
 
-@dataclasses.dataclass
-class Run:
-    """What a run is made of, and what happens to all of it together.
+class State:
+    """The state of a training run, new from the recipe's seed or resumed from a checkpoint.
+
+    Parameters
+    ----------
+    recipe
+        What is trained.
+    source
+        The training images.
+    group
+        The processes that train.
 
     Attributes
     ----------
+    identity
+        Everything that determines the numbers of the run: the recipe, the fingerprint of the data,
+        the number of processes.
+    classes
+        Names of the classes.
+    model
+        The network as trained.
+    average
+        The same with averaged weights; None if the recipe does not average.
+    optimizer
+        Of the model's parameters.
     step
         Steps done.
-    evaluation_s
-        Seconds that the last evaluation took.
+    sums
+        Loss and fraction of correct answers, summed over the steps since ``logged``; float32 (2,).
+    logged
+        Step of the last line of metrics.
+    started
+        When the run was first started: UTC, ISO 8601.
     """
 
-    recipe: Recipe
-    options: Options
-    group: Processes
-    out: Path
-    source: Source
-    held_out: Source
-    model: nn.Module
-    average: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds_before: float = 0.0
-    evaluation_s: float = 0.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, recipe: Recipe, source: Source, group: Processes) -> None:
+        self.recipe, self.group, self.classes = recipe, group, source.classes
+        self.identity: dict[str, Any] = {
+            "recipe": recipe.to_json(),
+            "data": source.fingerprint(),
+            "processes": group.world,
+        }
+        torch.manual_seed(recipe.seed)
+        model: nn.Module = recipe.network()
+        model = model.to(group.device).to(memory_format=torch.channels_last)
+        if recipe.sync_bn and group.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model
+        self.average = AveragedModel(model) if recipe.polyak else None
+        self.optimizer = torch.optim.SGD(
+            weight_decay_on_weights(model, recipe.weight_decay),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+        )
+        self.step = self.logged = 0
+        self.sums = torch.zeros(2, device=group.device)
         self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._clock = time.perf_counter()
-        self.fingerprint = self.source.fingerprint()
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Where forward passes happen."""
-        bf16 = self.recipe.precision == "bf16"
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=bf16)
-
-    def is_finite(self) -> bool:
-        """Whether all parameters and statistics are finite numbers."""
-        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
-
-    # What determines the result, beside the state of training.
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe.to_json(),
-            "data": self.fingerprint,
-            "processes": self.group.world,
-        }
-
-    def save(self, must: bool) -> None:
-        """Write a checkpoint; if the disk is full, an error only when it ``must`` be."""
-        if not self.group.first:
-            return
-        state = {
-            **self._identity(),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
-            "optimizer": self.optimizer.state_dict(),
-            "started": self.started,
-            "seconds": self.seconds,
-            "classes": self.source.classes,
-        }
-        try:
-            checkpoint.save(self.out, state, self.options.keep)
-        except OSError as error:
-            if must:
-                raise
-            _LOGGER.error("no checkpoint at step %d: %s; the next will try again", self.step, error)
+        self._seconds_before, self._clock = 0.0, time.perf_counter()
+        self._first_bad = torch.tensor(_NEVER, device=group.device)
 
     @property
     def seconds(self) -> float:
         """Seconds spent so far, over all resumptions."""
-        return self.seconds_before + time.perf_counter() - self._clock
+        return self._seconds_before + time.perf_counter() - self._clock
 
-    def resume(self) -> None:
-        """Take over the newest checkpoint, if there is one and it is of this very run."""
-        self._take_over()
+    def add_loss(self, loss: Tensor, correct: Tensor) -> None:
+        """Note the loss of a micro-batch, and the fraction of correct answers."""
+        self.sums += torch.stack([loss, correct]) / self.recipe.accumulate
+        bad = torch.where(loss.isfinite(), _NEVER, self.step)
+        self._first_bad = torch.minimum(self._first_bad, bad)
+
+    def check_finite(self) -> None:
+        """Refuse losses, parameters and statistics that are not finite, in any process.
+
+        Raises
+        ------
+        Diverged
+            With the smallest number of steps after which a loss was not finite, or the present one.
+        """
+        finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+        found = self._first_bad if finite else self._first_bad.clamp(max=self.step)
+        step = -int(self.group.all_reduce_max(-found))
+        if step < _NEVER:
+            raise Diverged(step)
+
+    def save(self, folder: Path, keep: int, *, raise_on_error: bool) -> None:
+        """Write a checkpoint; every process calls this, the first writes.
+
+        Parameters
+        ----------
+        folder
+            The run's folder.
+        keep
+            How many checkpoints are kept.
+        raise_on_error
+            Whether a checkpoint that cannot be written is an error; else it is logged.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written, as when the disk is full, and ``raise_on_error`` is set.
+        """
+        self.group.mean(self.sums)
+        if not self.group.first:
+            return
+        state = {
+            **self.identity,
+            "classes": self.classes,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+            "logged": self.logged,
+            "started": self.started,
+            "seconds": self.seconds,
+        }
+        try:
+            checkpoint.save(folder, state, keep)
+        except OSError as error:
+            if raise_on_error:
+                raise
+            _LOGGER.error("no checkpoint at step %d: %s; the next will try again", self.step, error)
+
+    def resume(self, folder: Path, *, adapt: bool) -> None:
+        """Go on from the newest checkpoint, if there is one and it is of this very run.
+
+        Parameters
+        ----------
+        folder
+            The run's folder.
+        adapt
+            Whether to go on although the checkpoint is of another recipe, data set or number of
+            processes.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another run, the message lists the differences; if no checkpoint can be
+            read; or if the processes find different ones.
+        """
+        self._load_checkpoint(folder, adapt)
         steps = torch.tensor([self.step, -self.step], device=self.group.device)
-        most, least = self.group.greatest(steps).tolist()
+        most, least = self.group.all_reduce_max(steps).tolist()
         if most != -least:
             raise checkpoint.CheckpointError(
-                f"in {self.out} one process finds a checkpoint of step {most}, another of step "
+                f"in {folder} one process finds a checkpoint of step {most}, another of step "
                 f"{-least}; --out must be a folder that all machines share"
             )
 
-    def _take_over(self) -> None:
-        state = checkpoint.load_latest(self.out) if self.out.is_dir() else None
-        if state is None:
+    def _load_checkpoint(self, folder: Path, adapt: bool) -> None:
+        found = checkpoint.load_latest(folder) if folder.is_dir() else None
+        if found is None:
             return
-        differences = _differences(state, self._identity())
-        if differences and not self.options.adapt:
+        differences = _differences(found, self.identity)
+        if differences and not adapt:
             listed = "\n".join(f"  {line}" for line in differences)
             raise checkpoint.CheckpointError(
-                f"the checkpoint in {self.out} is of another run:\n{listed}\n"
+                f"the checkpoint in {folder} is of another run:\n{listed}\n"
                 "Choose another --out, or go on from it all the same with --adapt"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(found["model"])
             if self.average is not None:
-                self.average.load_state_dict(state["average"] or self.average.state_dict())
-            self.optimizer.load_state_dict(state["optimizer"])
+                self.average.load_state_dict(found["average"] or self.average.state_dict())
+            self.optimizer.load_state_dict(found["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
-                f"the network in {self.out} has other layers, to which --adapt cannot adapt: "
+                f"the network in {folder} has other layers, to which --adapt cannot adapt: "
                 f"{' '.join(str(error).split())}"
             ) from error
         for fresh, group in zip(
@@ -159,119 +226,12 @@ class Run:
             strict=True,
         ):
             group["weight_decay"], group["momentum"] = fresh["weight_decay"], self.recipe.momentum
-        self.step, self.started = state["step"], state["started"]
-        self.seconds_before = state["seconds"]
+        self.step, self.started = found["step"], found["started"]
+        self.sums.copy_(found.get("sums", self.sums))
+        self.logged = found.get("logged", self.step)
+        self._seconds_before = found["seconds"]
         if self.group.first:
             _LOGGER.info("resumed at step %d of %d", self.step, self.recipe.steps)
-
-    def is_evaluated(self) -> bool:
-        """Whether the metrics have an evaluation of this step, or there is nothing to evaluate."""
-        rows = read_metrics(self.out / "metrics.jsonl")
-        done = not self.step or any(r["step"] == self.step and "evaluation" in r for r in rows)
-        return bool(self.group.greatest(torch.tensor(int(done), device=self.group.device)))
-
-    def evaluate(self) -> Accuracy | None:
-        """Accuracy on the held-out images, and ``network.pt``; training is left as it was.
-
-        None if the statistics of the population are not finite: the network has diverged.
-        """
-        started, recipe, options, group = time.perf_counter(), self.recipe, self.options, self.group
-        trained = self.average.module if self.average is not None else self.model
-        network = copy.deepcopy(trained)
-        if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-            if recipe.statistics == "population":
-                stream = batches(
-                    self.source,
-                    self.recipe,
-                    start_step=self.step,
-                    rank=group.rank,
-                    world=group.world,
-                    workers=options.workers,
-                    device=group.device,
-                )
-                some = (next(stream)[1] for _ in range(recipe.statistics_batches))
-                overflow = torch.zeros((), device=group.device)
-                try:
-                    population_statistics(network, some)
-                except DamagedImage:
-                    raise
-                except ValueError as error:  # what else it refuses, training has refused before
-                    _LOGGER.warning("%s", error)
-                    overflow += 1
-                if group.greatest(overflow):
-                    return None
-            group.average_statistics(network)
-        network.eval()
-        result = evaluate(
-            network,
-            self.held_out,
-            recipe.image_size,
-            group=group,
-            workers=options.workers,
-            batch=options.eval_batch,
-        )
-        if group.first:
-            buffer = io.BytesIO()
-            state = {
-                "recipe": self.recipe.to_json(),
-                "step": self.step,
-                "classes": self.source.classes,
-            }
-            torch.save({**state, "model": network.state_dict()}, buffer)
-            with _reported("network.pt"):
-                runs.write_atomically(self.out / "network.pt", buffer.getbuffer())
-        self.evaluation_s = time.perf_counter() - started
-        return result
-
-    def finish(self, verdict: str, metrics: Metrics | None, bar: Any) -> str:
-        """Close the reports; record a run that came to its end."""
-        bar.close()
-        if metrics:
-            metrics.write(self.step, verdict=verdict)
-            metrics.close()
-            if not verdict.startswith("stopped"):
-                with _reported("the recorded run"):
-                    self._record(verdict)
-            _LOGGER.info("%s: %s", self.recipe.name, verdict)
-        self.group.barrier()
-        return verdict
-
-    def _record(self, verdict: str) -> None:
-        rows = read_metrics(self.out / "metrics.jsonl")
-        lines = []
-        for row in rows:
-            held_out = row.get("evaluation")
-            if held_out:
-                lines.append((row["step"], "held out", *(held_out[k] for k in _COLUMNS)))
-            elif "loss" in row:
-                lines.append((row["step"], "training", row["loss"], row["top1"], float("nan")))
-        columns = list(zip(*lines, strict=True)) or [()] * 5
-        names = ("step", "part", "cross_entropy_nats", "top1", "top5")
-        runs.write(
-            self.options.experiment,
-            self.recipe.name,
-            dict(zip(names, columns, strict=True)),
-            configuration={
-                "recipe": dataclasses.asdict(self.recipe),
-                "options": dataclasses.asdict(self.options),
-                "processes": self.group.world,
-            },
-            seed=self.recipe.seed,
-            dataset={"name": self.source.location, "sha256": self.fingerprint},
-            started=self.started,
-            duration_s=self.seconds,
-            verdict=verdict,
-            root=self.out / "recorded",
-        )
-
-
-@contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """A file that cannot be written is reported; training goes on without it."""
-    try:
-        yield
-    except OSError as error:
-        _LOGGER.error("%s cannot be written: %s", what, error)
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -281,8 +241,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             lines.append(f"recipe {name}: {old.get(name)!r} there, {new.get(name)!r} here")
-    for name in sorted(wanted.keys() - {"recipe"}):
+    for name, what in (("data", "data set"), ("processes", "processes")):
         if found.get(name) != wanted[name]:
-            what = "data set" if name == "data" else name.replace("_", " ")
             lines.append(f"{what}: {found.get(name)!s:.24} there, {wanted[name]!s:.24} here")
     return lines

@@ -1,79 +1,39 @@
 """Many replicas on one device: what several processes compute together, computed by one.
 
-A *replica* is a copy of the network with a process of its own.  In synchronous training ``N``
+A *replica* is a copy of the network with a process of its own. In synchronous training ``N``
 replicas share each mini-batch equally, every one normalizes its share with the statistics of that
-share, their gradients are averaged, and all take the same step.  :class:`SynchronousReplicas` does
-that one share after another; :func:`bnlib.imagenet.simulation.simulate` is a whole training run
-with it.
+share, their gradients are averaged, and all take the same step. :class:`SynchronousReplicas` does
+that one share after another; :func:`simulate` is a whole run of
+:func:`bnlib.imagenet.training.loop.train` with it.
+
+With two replicas on CPUs the simulation has every bit of the real run. With more, gradients are
+equal up to the order in which their ``N`` numbers are added: here from replica 0 upwards, among
+processes from one that changes with the number's place in the message.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.loader import batches
+from bnlib.imagenet.processes import Processes
+from bnlib.imagenet.recipes import Recipe
+from bnlib.imagenet.training.state import State
+from bnlib.imagenet.training.step import compute_loss, seed_dropout, update_weights
 from bnlib.population import population_statistics
 
-__all__ = [
-    "SynchronousReplicas",
-    "linear_rate",
-    "population_over_replicas",
-    "square_root_rate",
-]
-
-
-def linear_rate(rate: float, batch_size: int, base_batch_size: int = 32) -> float:
-    """The learning rate in proportion to the mini-batch.
-
-    One step with it goes as far as ``batch_size / base_batch_size`` small steps, if the gradient
-    hardly changes meanwhile.
-
-    Parameters
-    ----------
-    rate
-        The learning rate that suits ``base_batch_size``.
-    batch_size, base_batch_size
-        Examples; 32 is the paper's mini-batch (section 4.2).
-
-    Raises
-    ------
-    ValueError
-        If a number is not positive.
-    """
-    return rate * _ratio(rate, batch_size, base_batch_size)
-
-
-def square_root_rate(rate: float, batch_size: int, base_batch_size: int = 32) -> float:
-    """The learning rate in proportion to the root of the mini-batch.
-
-    With it the noise of one step keeps its size.
-
-    Parameters
-    ----------
-    rate, batch_size, base_batch_size
-        As in :func:`linear_rate`.
-
-    Raises
-    ------
-    ValueError
-        If a number is not positive.
-    """
-    return rate * math.sqrt(_ratio(rate, batch_size, base_batch_size))
-
-
-def _ratio(rate: float, batch_size: int, base_batch_size: int) -> float:
-    if not (rate > 0 and batch_size > 0 and base_batch_size > 0):
-        raise ValueError(
-            f"rate is {rate}, batch_size {batch_size} and base_batch_size {base_batch_size}; all "
-            "three must be positive"
-        )
-    return batch_size / base_batch_size
+__all__ = ["Simulation", "SynchronousReplicas", "population_over_replicas", "simulate"]
 
 
 class SynchronousReplicas:
@@ -213,3 +173,72 @@ def population_over_replicas(model: nn.Module, streams: Sequence[Iterable[Any]])
                     total /= len(values)
                 buffer.copy_(total)
     return model
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What :func:`simulate` returns.
+
+    Attributes
+    ----------
+    state
+        The model as trained, with the running statistics of replica 0; the averaged weights; the
+        optimizer.
+    network
+        A copy for inference: averaged weights, population statistics over all replicas.
+    losses
+        float32 (steps, replicas), nats: before each step, of each replica on its share.
+    """
+
+    state: State
+    network: nn.Module
+    losses: Tensor
+
+
+def simulate(recipe: Recipe, data: str | Path, replicas: int) -> Simulation:
+    """Train on the CPU, in one process, as ``replicas`` processes would.
+
+    Parameters
+    ----------
+    recipe
+        What to train; its mini-batch is shared among the replicas.
+    data
+        Where the images are, for :func:`bnlib.imagenet.data.folders.open_source`.
+    replicas
+        How many.
+
+    Raises
+    ------
+    ValueError
+        If the mini-batch cannot be divided equally, or the recipe asks for what is not simulated.
+    SourceError, DamagedImage
+        If the images cannot be had, or one cannot be read.
+    """
+    for name in ("accumulate", "sync_bn", "precision", "statistics"):
+        value, simulated = getattr(recipe, name), getattr(Recipe, name)
+        if value != simulated:
+            raise ValueError(f"{name} is {value!r}; only {simulated!r} can be simulated")
+    source = open_source(data, "train")
+    streams = [
+        batches(source, recipe, start_step=0, rank=rank, world=replicas, workers=0)
+        for rank in range(replicas)
+    ]
+    state = State(recipe, source, Processes(0, 1, torch.device("cpu")))
+    together = SynchronousReplicas(state.model, replicas)
+
+    def loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return compute_loss(network(images.to(memory_format=torch.channels_last)), labels)
+
+    losses = []
+    state.model.train()
+    for step in range(recipe.steps):
+        shares = [next(stream)[1:] for stream in streams]
+        begin = functools.partial(seed_dropout, recipe, step)
+        losses.append(together.backward(shares, loss, begin))
+        update_weights(state, streams[0].steps_per_epoch)
+
+    network = copy.deepcopy(state.average.module if state.average is not None else state.model)
+    if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
+        some = [itertools.islice(stream, recipe.statistics_batches) for stream in streams]
+        population_over_replicas(network, [((x, y) for _, x, y in part) for part in some])
+    return Simulation(state, network.eval(), torch.stack(losses))

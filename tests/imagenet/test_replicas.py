@@ -24,15 +24,10 @@ from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.evaluation.accuracy import load_network
 from bnlib.imagenet.options import Options
-from bnlib.imagenet.scale import (
-    SynchronousReplicas,
-    linear_rate,
-    population_over_replicas,
-    square_root_rate,
-)
-from bnlib.imagenet.simulation import Simulation, simulate
+from bnlib.imagenet.replicas import SynchronousReplicas, population_over_replicas, simulate
 from bnlib.imagenet.training.loop import train
-from bnlib.imagenet.training.step import loss_of, seed_dropout
+from bnlib.imagenet.training.state import State
+from bnlib.imagenet.training.step import compute_loss, seed_dropout
 from bnlib.modules import GhostBatchNorm
 
 
@@ -44,11 +39,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def state_of(run: Simulation, steps: int) -> dict[str, Any]:
+def state_of(run: State) -> dict[str, Any]:
     """A simulated run as a checkpoint has it."""
     return tensors(
         {
-            "step": steps,
+            "step": run.step,
             "model": run.model.state_dict(),
             "average": run.average.state_dict() if run.average is not None else {},
             "optimizer": run.optimizer.state_dict(),
@@ -84,13 +79,13 @@ def test_two_simulated_replicas_have_every_bit_of_two_processes(
 ) -> None:
     assert recipe.momentum > 0
     assert recipe.weight_decay > 0
-    ours = simulate(recipe, data, 2, statistics_batches=recipe.statistics_batches)
+    ours = simulate(recipe, data, 2)
     theirs = real(recipe, data, tmp_path, 2)
-    assert different(state_of(ours, recipe.steps), tensors(theirs)) == []
+    assert different(state_of(ours.state), tensors(theirs)) == []
     evaluated = load_network(tmp_path)[0].state_dict()
     assert different(ours.network.state_dict(), evaluated) == []
-    one = simulate(recipe, data, 1, statistics_batches=recipe.statistics_batches)
-    names = different(state_of(one, recipe.steps), tensors(theirs))
+    one = simulate(recipe, data, 1)
+    names = different(state_of(one.state), tensors(theirs))
     assert any("conv1.weight" in name for name in names), "replicas matter"
 
 
@@ -98,9 +93,9 @@ def test_two_simulated_replicas_of_bn_inception_have_every_bit_of_two_processes(
     data: Path, tmp_path: Path
 ) -> None:
     recipe = SMALL.replace(steps=2)
-    ours = simulate(recipe, data, 2, statistics_batches=recipe.statistics_batches)
+    ours = simulate(recipe, data, 2)
     theirs = real(recipe, data, tmp_path, 2)
-    assert different(state_of(ours, recipe.steps), tensors(theirs)) == []
+    assert different(state_of(ours.state), tensors(theirs)) == []
     evaluated = load_network(tmp_path)[0].state_dict()
     assert different(ours.network.state_dict(), evaluated) == []
 
@@ -128,7 +123,7 @@ def test_four_processes_differ_from_four_simulated_replicas_by_the_order_of_addi
         assert bool(fits.any(0).all()), name
         one_order_does &= fits.all(1)
     assert not one_order_does.any(), "the order changes with the place in the message"
-    ours = simulate(recipe, data, 4, statistics_batches=2).model.state_dict()
+    ours = simulate(recipe, data, 4).state.model.state_dict()
     torch.testing.assert_close(ours, after, atol=1e-6, rtol=1e-5)
 
 
@@ -140,7 +135,7 @@ def quarter_gradients(model: nn.Module, recipe: Recipe, data: Path) -> list[dict
         seed_dropout(recipe, 0, rank)
         model.zero_grad()
         output = model(images.to(memory_format=torch.channels_last))
-        loss_of(output, labels)[1].backward()
+        compute_loss(output, labels).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append({name: gradient / 4 for name, gradient in gradients.items()})
     return found
@@ -151,7 +146,7 @@ def test_micro_batches_learn_the_parameters_of_replicas_and_move_their_averages_
     data: Path, tmp_path: Path
 ) -> None:
     recipe = TINY.replace(dropout=0.0)  # whose seeds differ
-    ours = simulate(recipe, data, 2, statistics_batches=2).model
+    ours = simulate(recipe, data, 2).state.model
     train(recipe.replace(accumulate=2), data, tmp_path, QUIET)
     theirs = checkpoint.load(tmp_path)["model"]
     for name, value in ours.named_parameters():
@@ -251,18 +246,15 @@ def test_population_statistics_are_averaged_over_the_replicas() -> None:
     assert int(norm.num_batches_tracked) == 1
 
 
-def test_learning_rates_scale_with_the_mini_batch_and_with_its_root() -> None:
-    assert linear_rate(0.045, 256) == pytest.approx(0.36)
-    assert square_root_rate(0.1, 128) == pytest.approx(0.2)
-    assert linear_rate(0.1, 32) == square_root_rate(0.1, 32) == 0.1
-    assert linear_rate(1.0, 50, 100) == 0.5
-
-
-@pytest.mark.parametrize("rule", [linear_rate, square_root_rate])
-@pytest.mark.parametrize("wrong", [(0.0, 32, 32), (0.1, 0, 32), (0.1, 32, -1)])
-def test_a_rate_of_nothing_is_refused(rule: object, wrong: tuple[float, int, int]) -> None:
-    with pytest.raises(ValueError, match=f"{wrong[0]}.*{wrong[1]}.*{wrong[2]}.*positive"):
-        rule(*wrong)  # type: ignore[operator]
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 2}, {"precision": "bf16"}, {"statistics": "moving"}]
+)
+def test_a_recipe_with_what_is_not_simulated_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name} is .* can be simulated"):
+        simulate(TINY.replace(**changes), tmp_path, 2)
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
