@@ -215,7 +215,7 @@ def test_other_hosts_are_really_out_of_reach(browser, site):
 def test_the_search_finds_covariate_shift(browser, site):
     visitor = Visitor(browser, site, 1280, "light")
     page = visitor.go("search.html?q=covariate+shift")
-    page.wait_for_selector("#search-results ul.search li a", timeout=15_000)
+    page.wait_for_selector("#search-results ul.search li a")
     found = page.eval_on_selector_all(
         "#search-results ul.search li a", "all => all.map(a => a.getAttribute('href'))"
     )
@@ -240,7 +240,7 @@ def test_the_animations_play(browser, site, theme):
             player.query_selector("button[title=Pause]").click()
             first = picture.get_attribute("src")
             player.query_selector("button[title=Play]").click()
-            page.wait_for_function("([e, s]) => e.src !== s", arg=[picture, first], timeout=15_000)
+            page.wait_for_function("([e, s]) => e.src !== s", arg=[picture, first])
             for button in player.query_selector_all("button"):
                 assert button.query_selector("svg, i"), "a button without an icon"
                 assert button.bounding_box()["width"] >= 20
