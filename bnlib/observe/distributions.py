@@ -127,13 +127,18 @@ def moments(x: Tensor, dim: int | None = None) -> Moments:
         Skewness and kurtosis are NaN where the sample is constant up to rounding.
     """
     x = _sample(x, dim)
+    mean, std, z = _standardized(x)
+    return Moments(mean, std, z.pow(3).mean(0), z.pow(4).mean(0) - 3)
+
+
+def _standardized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation, and the sample with mean 0 and deviation 1."""
     mean = x.mean(0)
     centered = x - mean
     std = centered.square().mean(0).sqrt()
     # A constant sample leaves only the rounding of its mean, whose shape means nothing.
     rounding = torch.finfo(x.dtype).eps * mean.abs()
-    z = centered / torch.where(std > rounding, std, torch.nan)
-    return Moments(mean, std, z.pow(3).mean(0), z.pow(4).mean(0) - 3)
+    return mean, std, centered / torch.where(std > rounding, std, torch.nan)
 
 
 def wasserstein(a: Tensor, b: Tensor, dim: int | None = None) -> Tensor:
@@ -187,10 +192,8 @@ def negentropy(x: Tensor, dim: int | None = None) -> Tensor:
 
     Parameters
     ----------
-    x
-        The sample, any real dtype.
-    dim
-        The axis of the sample; None takes all elements as one sample.
+    x, dim
+        As in :func:`moments`.
 
     Returns
     -------
@@ -202,7 +205,7 @@ def negentropy(x: Tensor, dim: int | None = None) -> Tensor:
     A. Hyvärinen, "New approximations of differential entropy for independent component analysis
     and projection pursuit", NIPS 1997. A Gaussian sample of size n gives about 1.1 / n, not 0.
     """
-    y = _standardized(_sample(x, dim))
+    _, _, y = _standardized(_sample(x, dim))
     bell = (-y.square() / 2).exp()
     asymmetry = (y * bell).mean(0)
     peak = bell.mean(0) - math.sqrt(1 / 2)
@@ -219,18 +222,16 @@ def ks_distance_to_normal(x: Tensor, dim: int | None = None) -> Tensor:
 
     Parameters
     ----------
-    x
-        The sample, any real dtype.
-    dim
-        The axis of the sample; None takes all elements as one sample.
+    x, dim
+        As in :func:`moments`.
 
     Returns
     -------
     Tensor
         From 0 to 1; NaN where the sample is constant.
     """
-    y = _standardized(_sample(x, dim)).sort(dim=0).values
-    n = len(y)
+    _, _, y = _standardized(_sample(x, dim))
+    y, n = y.sort(dim=0).values, len(y)
     normal = torch.special.ndtr(y)
     step = torch.arange(n + 1, device=y.device).to(y).view(-1, *[1] * (y.ndim - 1)) / n
     return torch.maximum((step[1:] - normal).amax(0), (normal - step[:-1]).amax(0))
@@ -241,10 +242,8 @@ def gaussianity(x: Tensor, dim: int | None = None) -> Gaussianity:
 
     Parameters
     ----------
-    x
-        The sample, any real dtype.
-    dim
-        The axis of the sample; None takes all elements as one sample.
+    x, dim
+        As in :func:`moments`.
 
     Returns
     -------
@@ -254,13 +253,6 @@ def gaussianity(x: Tensor, dim: int | None = None) -> Gaussianity:
     """
     _, _, skewness, excess_kurtosis = moments(x, dim)
     return Gaussianity(skewness, excess_kurtosis, negentropy(x, dim), ks_distance_to_normal(x, dim))
-
-
-def _standardized(x: Tensor) -> Tensor:
-    mean = x.mean(0)
-    std = (x - mean).square().mean(0).sqrt()
-    rounding = torch.finfo(x.dtype).eps * mean.abs()
-    return (x - mean) / torch.where(std > rounding, std, torch.nan)
 
 
 def saturated_fraction(z: Tensor, slope: float = 0.1, dim: int | None = None) -> Tensor:

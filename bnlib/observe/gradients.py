@@ -27,25 +27,14 @@ __all__ = [
     "gradient_shift",
     "layer_jacobian",
     "snapshot",
-    "trainable_parameters",
 ]
 
 
-def trainable_parameters(
-    model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module] | None = None
-) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of each layer, in the order of the layers.
+Layers = str | nn.Module | Sequence[str | nn.Module]
 
-    Parameters
-    ----------
-    model, layers
-        As in :func:`bnlib.observe.find_layers`; without ``layers``, each module's own parameters.
 
-    Raises
-    ------
-    ValueError
-        If a layer that was named has none.
-    """
+def _trainable_parameters(model: nn.Module, layers: Layers | None) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of each layer; without ``layers``, each module's own."""
     groups = {
         name: [p for p in module.parameters(recurse=layers is not None) if p.requires_grad]
         for name, module in find_layers(model, layers).items()
@@ -57,9 +46,7 @@ def trainable_parameters(
 
 
 def gradient_norms(
-    loss: Tensor,
-    model: nn.Module,
-    layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+    loss: Tensor, model: nn.Module, layers: Layers | None = None
 ) -> dict[str, float]:
     """The norm of the loss's gradient with respect to each layer's parameters.
 
@@ -85,21 +72,22 @@ def gradient_norms(
     """
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean")
-    groups = trainable_parameters(model, layers)
-    unique = list({id(p): p for group in groups.values() for p in group}.values())
-    grads = torch.autograd.grad(
-        loss, unique, retain_graph=True, allow_unused=True, materialize_grads=True
+    groups = _trainable_parameters(model, layers)
+    every = [parameter for group in groups.values() for parameter in group]
+    gradients = iter(
+        torch.autograd.grad(
+            loss, every, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     )
-    squares = {id(p): g.double().square().sum() for p, g in zip(unique, grads, strict=True)}
     return {
-        name: float(torch.stack([squares[id(p)] for p in group]).sum().sqrt())
+        name: float(torch.cat([next(gradients).double().flatten() for _ in group]).norm())
         for name, group in groups.items()
     }
 
 
 def activation_gradients(
     model: nn.Module,
-    layers: str | nn.Module | Sequence[str | nn.Module],
+    layers: Layers,
     loss: Callable[[], Tensor],
 ) -> dict[str, list[Tensor]]:
     """The gradient of the loss with respect to what each layer puts out.
@@ -123,8 +111,8 @@ def activation_gradients(
         If an output has no gradient, as under ``torch.no_grad``, or a layer was not called.
     """
     modules = find_layers(model, layers)
-    edges: dict[str, list[Any]] = {name: [] for name in modules}
-    shapes: dict[str, list[Tensor]] = {name: [] for name in modules}
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    calls: list[tuple[str, Any, Tensor]] = []
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -132,8 +120,7 @@ def activation_gradients(
             if tensor is None or not tensor.requires_grad:
                 raise ValueError(f"the output of layer {name!r} carries no gradient")
             # The edge, not the tensor: a following layer may overwrite the tensor in place.
-            edges[name].append(get_gradient_edge(tensor))
-            shapes[name].append(tensor.detach())
+            calls.append((name, get_gradient_edge(tensor), torch.zeros_like(tensor)))
 
         return hook
 
@@ -143,17 +130,13 @@ def activation_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    idle = [name for name, calls in edges.items() if not calls]
+    idle = found.keys() - {name for name, _, _ in calls}
     if idle:
-        raise ValueError(f"the loss was computed without calling layer {idle[0]!r}")
-    flat = [edge for calls in edges.values() for edge in calls]
-    likes = [like for calls in shapes.values() for like in calls]
-    grads = torch.autograd.grad(value, flat, allow_unused=True)
-    filled = iter(
-        torch.zeros_like(like) if grad is None else grad
-        for grad, like in zip(grads, likes, strict=True)
-    )
-    return {name: [next(filled) for _ in calls] for name, calls in edges.items()}
+        raise ValueError(f"the loss was computed without calling layer {min(idle)!r}")
+    gradients = torch.autograd.grad(value, [edge for _, edge, _ in calls], allow_unused=True)
+    for (name, _, zeros), gradient in zip(calls, gradients, strict=True):
+        found[name].append(zeros if gradient is None else gradient)
+    return found
 
 
 def _random_state_kept(tensors: Sequence[Tensor]) -> Any:
@@ -197,18 +180,14 @@ def layer_jacobian(module: nn.Module, x: Tensor, index: int = 0) -> Tensor:
     x = x.detach()
     # Copies, so that running averages are not moved by looking.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.enable_grad(), _random_state_kept([x]):
-        example = x[index].clone().requires_grad_()
+
+    def output(example: Tensor) -> Tensor:
         batch = torch.cat([x[:index], example.unsqueeze(0), x[index % len(x) + 1 :]])
-        y = torch.func.functional_call(module, buffers, (batch,))[index].flatten()
+        return torch.func.functional_call(module, buffers, (batch,))[index].flatten()
+
+    with _random_state_kept([x]):
         # Row by row: torch.func would refuse layers whose derivative is written by hand.
-        rows = [
-            torch.autograd.grad(
-                output, example, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
-            for output in y
-        ]
-    return torch.stack(rows).flatten(1)
+        return torch.autograd.functional.jacobian(output, x[index]).flatten(1)
 
 
 class GradientShift(NamedTuple):
@@ -229,11 +208,6 @@ class GradientShift(NamedTuple):
     cosine: float
     norm: float
 
-    @property
-    def relative(self) -> float:
-        """The distance as a fraction of ``|G|``; NaN where that is zero."""
-        return self.distance / self.norm if self.norm else float("nan")
-
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's parameters, by name, for :func:`gradient_shift`."""
@@ -245,7 +219,7 @@ def gradient_shift(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     loss: Callable[[], Tensor],
-    layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, GradientShift]:
     """How much each layer's gradient changes when only the layers before it take their step.
 
@@ -290,7 +264,7 @@ def gradient_shift(
                 f"{which} does not fit the model at parameter {wrong[0]!r}; take it with "
                 "snapshot(model)"
             )
-    groups = trainable_parameters(model, layers)
+    groups = _trainable_parameters(model, layers)
     names = {id(p): name for name, p in parameters.items()}
     members = [id(p) for group in groups.values() for p in group]
     twice = [names[i] for i in dict.fromkeys(members) if members.count(i) > 1]

@@ -1,8 +1,8 @@
 """What happens inside a network, observed without changing it.
 
 :class:`ActivationRecorder` keeps statistics of what flows in or out of chosen layers of any
-``torch.nn.Module``. What comes back through the network is in :mod:`bnlib.observe.gradients`; functions of
-a sample alone are in :mod:`bnlib.observe.distributions`.
+``torch.nn.Module``. What comes back through the network is in :mod:`bnlib.observe.gradients`;
+functions of a sample alone are in :mod:`bnlib.observe.distributions`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ class Record:
         ``(P, units)``, or ``(P,)`` when the recorder pools the units.
     moments
         Mean, standard deviation, skewness, excess kurtosis; each ``(units,)`` or a scalar.
-    histogram
-        Counts, int64, ``(bins, units)`` or ``(bins,)``; None unless bin edges were given.
     samples
         ``(n, units)`` or ``(n,)``, a copy of the values; None unless asked for.
     """
@@ -46,7 +44,6 @@ class Record:
     shape: tuple[int, ...]
     percentiles: Tensor
     moments: Moments
-    histogram: Tensor | None = None
     samples: Tensor | None = None
 
 
@@ -131,9 +128,6 @@ class ActivationRecorder:
         The axis that counts units (channels), each of which has its own statistics over all
         other axes: 1, as in batch normalization, by default; -1 for transformers. None pools
         all units. A tensor with fewer than two axes is always pooled.
-    bins
-        Increasing bin edges, for a histogram of each call. Values outside are not counted; the
-        last bin includes its right edge.
     samples
         Keep this many of each unit's values (evenly spaced ones if there are more), 0 for none.
 
@@ -163,7 +157,6 @@ class ActivationRecorder:
         *,
         of: str = "output",
         unit_axis: int | None = 1,
-        bins: Sequence[float] | Tensor | None = None,
         samples: int = 0,
     ) -> None:
         if of not in ("output", "input"):
@@ -172,11 +165,6 @@ class ActivationRecorder:
             raise ValueError(f"percentiles lie in [0, 100], at least one; got {percentiles!r}")
         if samples < 0:
             raise ValueError(f"samples must be 0 (keep none) or a number to keep, got {samples}")
-        self._edges = None if bins is None else torch.as_tensor(bins, dtype=torch.float64)
-        if self._edges is not None and (
-            self._edges.ndim != 1 or len(self._edges) < 2 or not (self._edges.diff() > 0).all()
-        ):
-            raise ValueError(f"bins must be two or more increasing edges, got {bins!r}")
         self._modules = find_layers(model, layers)
         self._ranks, self._of, self._unit_axis = tuple(percentiles), of, unit_axis
         self._samples = samples
@@ -203,11 +191,6 @@ class ActivationRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def clear(self) -> None:
-        """Forget the records."""
-        for records in self.records.values():
-            records.clear()
 
     def _attach(self) -> None:
         if self._handles:
@@ -254,7 +237,6 @@ class ActivationRecorder:
             shape=tuple(tensor.shape),
             percentiles=percentiles(x, self._ranks, dim=0).cpu(),
             moments=Moments(*(moment.cpu() for moment in moments(x, dim=0))),
-            histogram=None if self._edges is None else _histogram(x, self._edges).cpu(),
             samples=_evenly(x, self._samples).cpu() if self._samples else None,
         )
         self.records[name].append(record)
@@ -279,16 +261,3 @@ def _evenly(x: Tensor, most: int) -> Tensor:
     if len(x) <= most:
         return x.clone()
     return x[torch.arange(most, device=x.device) * len(x) // most]
-
-
-def _histogram(x: Tensor, edges: Tensor) -> Tensor:
-    """Counts of each column between the edges: ``(bins, units)``, or ``(bins,)`` for one column."""
-    columns = x.double().reshape(len(x), -1)
-    edges = edges.to(x.device)
-    bins = len(edges) - 1
-    index = torch.bucketize(columns, edges, right=True) - 1
-    index[columns == edges[-1]] = bins - 1
-    inside = (index >= 0) & (index < bins)
-    counts = torch.zeros(bins, columns.shape[1], dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, index.clamp(0, bins - 1), inside.long())
-    return counts if x.ndim > 1 else counts[:, 0]
