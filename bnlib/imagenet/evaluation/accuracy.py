@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bnlib.imagenet import checkpoint
 from bnlib.imagenet.data.source import Source, check_classes
-from bnlib.imagenet.evaluation.inference import predict
+from bnlib.imagenet.evaluation.inference import Predicted, predict
 from bnlib.imagenet.processes import Processes
 from bnlib.imagenet.recipes import Recipe
 
-__all__ = ["Accuracy", "count_correct", "evaluate", "evaluate_ensemble", "load_network"]
+__all__ = ["Accuracy", "accuracies", "count_correct", "evaluate", "load_network"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,12 @@ def evaluate(
     batch: int = 100,
     progress: bool = False,
 ) -> Accuracy:
-    """A network's accuracy on held-out images, which all processes of a group share.
+    """A network's accuracy on held-out images, which all processes of the group share.
 
-    Parameters and errors are those of :func:`evaluate_ensemble`, with one network.
+    Parameters and errors are those of :func:`bnlib.imagenet.evaluation.inference.predict`, for one
+    network; that there is no image to evaluate on is a ``ValueError``, too.
     """
-    accuracies, _ = evaluate_ensemble(
+    parts = predict(
         [network],
         source,
         size,
@@ -109,58 +110,40 @@ def evaluate(
         batch=batch,
         progress=progress,
     )
-    return accuracies[0]
+    return accuracies(parts, 1, group)[0]
 
 
-def evaluate_ensemble(
-    networks: Sequence[nn.Module],
-    source: Source,
-    size: int,
-    crops: int = 1,
-    *,
-    group: Processes,
-    workers: int = 0,
-    batch: int = 100,
-    progress: bool = False,
-) -> tuple[list[Accuracy], Accuracy]:
-    """Accuracy of several networks, and of the arithmetic mean of their probabilities.
+def accuracies(predicted: Iterable[Predicted], networks: int, group: Processes) -> list[Accuracy]:
+    """Accuracy of networks, and of their ensemble: the arithmetic mean of their probabilities.
 
     Parameters
     ----------
+    predicted
+        What the networks say about this process's share of the images
+        (:func:`bnlib.imagenet.evaluation.inference.predict`).
     networks
-        At least one, in evaluation mode, on the device of ``group``.
-    source, size, crops, group, workers, batch, progress
-        As in :func:`bnlib.imagenet.evaluation.inference.predict`.
+        How many they are.
+    group
+        The processes over which images are counted.
 
     Returns
     -------
-    tuple
-        A list with the accuracy of each network, and that of the ensemble, over the images of all
-        processes; the same in each.
+    list of Accuracy
+        One a network, and last that of the ensemble; the same in every process.
 
     Raises
     ------
     ValueError
-        If no image can be read, or as ``predict`` does.
+        If no process has an image that can be read.
     """
-    counts = torch.zeros(len(networks) + 1, 4, dtype=torch.float64, device=group.device)
-    for part in predict(
-        networks,
-        source,
-        size,
-        crops,
-        group=group,
-        workers=workers,
-        batch=batch,
-        progress=progress,
-    ):
-        mean = part.log_probabilities.logsumexp(0) - math.log(len(networks))
-        for sums, logs in zip(counts, [*part.log_probabilities, mean], strict=True):
+    total = torch.zeros(networks + 1, 4, dtype=torch.float64, device=group.device)
+    for part in predicted:
+        mean = part.log_probabilities.logsumexp(0, keepdim=True) - math.log(networks)
+        for sums, logs in zip(total, [*part.log_probabilities, *mean], strict=True):
             sums += count_correct(logs, part.labels)
-    if not group.sum(counts)[0, 2]:
-        raise ValueError(f"none of the {len(source)} images of {source.location} can be read")
-    *each, together = map(Accuracy.from_counts, counts)
-    return each, together
+    if not group.sum(total)[0, 2]:
+        raise ValueError("there is no image that can be read; the log says what is wrong with each")
+    return [Accuracy.from_counts(counts) for counts in total]
 
 
 def load_network(path: str | Path, source: Source | None = None) -> tuple[nn.Module, Recipe]:

@@ -2,6 +2,7 @@
 
 A recorded run is one network from one seed, named ``bn-x5`` or ``bn-x5-seed-2``; runs of the same
 network are read together as :class:`Curves`, whether they are of the miniature or of full size.
+pandas is needed (``pip install 'bnlib[book]'``).
 """
 
 from __future__ import annotations
@@ -12,82 +13,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
 
 from bnlib import runs
 
-__all__ = [
-    "Best",
-    "Curves",
-    "first_reach",
-    "read_curves",
-    "recorded_networks",
-    "root_of",
-]
+__all__ = ["Best", "Curves", "read_curves", "recorded_networks", "root_of", "steps_to_level"]
 
 _NAME = re.compile(r"(?P<network>.+?)(?:-seed-(?P<seed>\d+))?")
-_DIVERGED = re.compile(r"diverged at step (\d+)")
 
 
-def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
+def steps_to_level(curve: pd.Series, level: float) -> float:
     """The step at which a curve first reaches a level, by linear interpolation.
 
     Parameters
     ----------
-    steps
-        Steps of the evaluations, increasing, (S,).
-    values
-        What was measured there, (S,); NaN reaches nothing.
+    curve
+        What was measured, over the steps of the evaluations, which increase; NaN reaches nothing.
     level
-        In the unit of ``values``.
+        In the unit of the curve.
 
     Returns
     -------
     float
-        The step; infinite if the curve never reaches the level.  A curve that is there at its first
+        The step; infinite if the curve never reaches the level. A curve that is there at its first
         evaluation gives that evaluation's step, which is then an upper bound.
-
-    Raises
-    ------
-    ValueError
-        If the two arrays are not one-dimensional and equally long.
     """
-    steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    if steps.ndim != 1 or steps.shape != values.shape:
-        raise ValueError(
-            f"steps and values must be equally long vectors; got {steps.shape} and {values.shape}"
-        )
-    there = values >= level
-    if not there.any():
+    reached = (curve >= level).to_numpy()
+    if not reached.any():
         return math.inf
-    after = int(there.argmax())
-    if after == 0 or np.isnan(values[after - 1]):
-        return float(steps[after])
-    rise = values[after] - values[after - 1]
-    part = (level - values[after - 1]) / rise
-    return float(steps[after - 1] + part * (steps[after] - steps[after - 1]))
+    after = int(reached.argmax())
+    step, value = float(curve.index[after]), curve.iloc[after]
+    if after == 0 or math.isnan(curve.iloc[after - 1]):
+        return step
+    before, least = float(curve.index[after - 1]), curve.iloc[after - 1]
+    return float(before + (level - least) / (value - least) * (step - before))
 
 
 class Best(NamedTuple):
-    """The highest point of a curve.
-
-    Attributes
-    ----------
-    value
-        In the curve's unit; NaN if the curve has no point.
-    step
-        Where it is first reached; NaN if the curve has no point.
-    """
+    """The highest point of a curve, and the step where it is first reached; NaN without a point."""
 
     value: float
     step: float
 
 
-def _best(steps: np.ndarray, values: np.ndarray) -> Best:
-    if not np.isfinite(values).any():
+def _best(curve: pd.Series) -> Best:
+    if not curve.notna().any():
         return Best(math.nan, math.nan)
-    highest = int(np.nanargmax(values))
-    return Best(float(values[highest]), float(steps[highest]))
+    return Best(float(curve.max()), float(curve.idxmax()))
 
 
 @dataclass(frozen=True)
@@ -98,54 +70,64 @@ class Curves:
     ----------
     network
         Its name, such as ``bn-x5``.
-    steps
-        Steps of the evaluations, float64 (S,).
     values
-        One row a seed, float64 (seeds, S); NaN after a run that diverged.
-    seeds
-        The seeds, in the order of the rows.
-    manifests
-        The manifests of the runs, in the same order (see :mod:`bnlib.runs`).
+        A row for every step that was evaluated, a column for every seed, indexed by them; NaN
+        after a run that diverged.
+    recorded
+        The runs, in the order of the columns.
     """
 
     network: str
-    steps: np.ndarray
-    values: np.ndarray
-    seeds: tuple[int, ...]
-    manifests: tuple[dict[str, Any], ...]
+    values: pd.DataFrame
+    recorded: tuple[runs.Run, ...]
 
     @property
-    def mean(self) -> np.ndarray:
-        """The mean over seeds, (S,); NaN as soon as one of them has diverged."""
-        return self.values.mean(0)
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in the order of the columns."""
+        return tuple(self.values.columns)
+
+    @property
+    def mean(self) -> pd.Series:
+        """The mean over seeds; NaN as soon as one of them has diverged."""
+        return self.values.mean(axis=1, skipna=False)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The fields of the recipe; the seed and the name are those of the first run."""
-        found: dict[str, Any] = self.manifests[0]["configuration"]["recipe"]
+        found: dict[str, Any] = self.recorded[0].manifest["configuration"]["recipe"]
         return found
 
     @property
     def diverged_at(self) -> tuple[int | None, ...]:
         """After how many steps each run diverged; None for one that did not."""
-        matches = (_DIVERGED.fullmatch(manifest["verdict"]) for manifest in self.manifests)
-        return tuple(int(match[1]) if match else None for match in matches)
+        verdicts = (run.verdict for run in self.recorded)
+        return tuple(verdict.step if verdict.diverged else None for verdict in verdicts)
 
     def best(self) -> Best:
         """The highest point of the mean over seeds."""
-        return _best(self.steps, self.mean)
+        return _best(self.mean)
 
     def best_each(self) -> list[Best]:
         """The highest point of every seed's own curve."""
-        return [_best(self.steps, values) for values in self.values]
+        return [_best(curve) for _, curve in self.values.items()]
 
     def steps_to(self, level: float) -> float:
-        """Where the mean over seeds first reaches a level (see :func:`first_reach`)."""
-        return first_reach(self.steps, self.mean, level)
+        """Where the mean over seeds first reaches a level (see :func:`steps_to_level`)."""
+        return steps_to_level(self.mean, level)
 
-    def steps_to_each(self, level: float) -> np.ndarray:
-        """Where every seed's own curve first reaches a level, (seeds,)."""
-        return np.array([first_reach(self.steps, values, level) for values in self.values])
+    def steps_to_each(self, level: float) -> list[float]:
+        """Where every seed's own curve first reaches a level."""
+        return [steps_to_level(curve, level) for _, curve in self.values.items()]
+
+    def frame(self) -> pd.DataFrame:
+        """Everything recorded, of every part: network, seed, and the columns of the runs."""
+        return pd.concat(
+            [
+                run.frame(network=self.network, seed=seed)
+                for seed, run in zip(self.seeds, self.recorded, strict=True)
+            ],
+            ignore_index=True,
+        )
 
 
 def root_of(experiment: str, elsewhere: str | Path = "") -> Path:
@@ -213,41 +195,29 @@ def read_curves(
             f"no recorded run of {network!r} in {experiment!r}; there are runs of: {there}"
         )
     names.sort(key=lambda name: _parse(name)[1])
-    found = [runs.read(experiment, name, root=root) for name in names]
-    points = [_points(run, part, column) for run in found]
-    steps = max((each[0] for each in points), key=len)
-    values = np.full((len(found), len(steps)), math.nan)
-    for row, (name, (at, measured)) in enumerate(zip(names, points, strict=True)):
-        if not np.array_equal(at, steps[: len(at)]):
+    found = tuple(runs.read(experiment, name, root=root) for name in names)
+    curves = []
+    for run in found:
+        rows = run.frame().set_index("step")  # no rows if it diverged before the first
+        curves.append(rows.loc[rows["part"] == part, column].astype(float))
+    steps = max((curve.index for curve in curves), key=len)
+    for name, curve, run in zip(names, curves, found, strict=True):
+        if not curve.index.equals(steps[: len(curve)]):
             raise ValueError(
                 f"{experiment}/{name} was not evaluated at the steps of the other runs of "
                 f"{network}; record it again with the same --eval-every and --log-every"
             )
-        values[row, : len(at)] = measured
-    curves = Curves(
-        network,
-        steps,
-        values,
-        tuple(run.manifest["seed"] for run in found),
-        tuple(run.manifest for run in found),
-    )
-    _same_recipe(experiment, curves)
-    return curves
+        _check_recipe(run, found[0], network)
+    seeds = [run.manifest["seed"] for run in found]
+    values = pd.concat([curve.reindex(steps) for curve in curves], axis=1, keys=seeds)
+    return Curves(network, values, found)
 
 
-def _points(run: runs.Run, part: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    if not len(run["part"]):  # diverged before anything was written down
-        return np.empty(0), np.empty(0)
-    rows = run.where(part=part)
-    return rows["step"], rows[column]
-
-
-def _same_recipe(experiment: str, curves: Curves) -> None:
-    for manifest in curves.manifests:
-        recipe = manifest["configuration"]["recipe"]
-        for field, value in curves.recipe.items():
-            if field not in ("name", "seed") and recipe[field] != value:
-                raise ValueError(
-                    f"{experiment}/{manifest['name']} has {field} {recipe[field]!r}, other runs of "
-                    f"{curves.network} {value!r}; give it a name of its own"
-                )
+def _check_recipe(run: runs.Run, first: runs.Run, network: str) -> None:
+    recipe, expected = (each.manifest["configuration"]["recipe"] for each in (run, first))
+    for field, value in expected.items():
+        if field not in ("name", "seed") and recipe[field] != value:
+            raise ValueError(
+                f"{run.manifest['experiment']}/{run.manifest['name']} has {field} "
+                f"{recipe[field]!r}, other runs of {network} {value!r}; give it a name of its own"
+            )

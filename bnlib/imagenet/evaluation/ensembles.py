@@ -1,4 +1,4 @@
-"""Averages of what several networks say, and how sure a difference between two predictors is.
+"""Means of several networks' probabilities, and intervals for the difference of two predictors.
 
 Every probability tensor is (n, classes): a row an image, a column a class, each row summing to one.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["SMALLEST", "Interval", "arithmetic_mean", "geometric_mean", "paired_bootstrap"]
 
-#: The smallest probability whose logarithm is taken; a network that rules the right class out
-#: entirely would have an infinite log loss.
+#: The smallest recorded probability whose logarithm is taken: one that was rounded to zero would
+#: have an infinite log loss.
 SMALLEST = 1e-12
 _AT_ONCE = 4_000_000  # random indices that are drawn at once
 

@@ -1,14 +1,14 @@
 """Recorded evaluations: accuracies for Figure 4, and the probabilities that they come from.
 
-With the probabilities of every held-out image at hand, ensembles of any of the networks, other
-ways to average and calibration are computed without a network or an image; chapter 13 does.
+With the probabilities of every held-out image, ensembles of any of the networks, other means and
+calibration are computed without a network or an image, as chapter 13 does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ __all__ = [
     "ACCURACIES",
     "Evaluated",
     "Predictions",
-    "accuracies",
     "read_probabilities",
     "record_accuracies",
     "record_probabilities",
@@ -111,21 +110,16 @@ def record_accuracies(
         As :func:`bnlib.runs.check_name` does.
     """
     scores = [row.accuracy for row in found]
-    return runs.write(
-        ACCURACIES,
-        name,
-        {
-            "network": [row.network for row in found],
-            "models": [row.models for row in found],
-            "crops": [row.crops for row in found],
-            "n": [score.n for score in scores],
-            "top1": [score.top1 for score in scores],
-            "top5": [score.top5 for score in scores],
-            "cross_entropy_nats": [score.loss for score in scores],
-        },
-        **_manifest(recipes, source, started),
-        root=root,
-    )
+    columns: dict[str, list[Any]] = {
+        "network": [row.network for row in found],
+        "models": [row.models for row in found],
+        "crops": [row.crops for row in found],
+        "n": [score.n for score in scores],
+        "top1": [score.top1 for score in scores],
+        "top5": [score.top5 for score in scores],
+        "cross_entropy_nats": [score.loss for score in scores],
+    }
+    return runs.write(ACCURACIES, name, columns, **_manifest(recipes, source, started), root=root)
 
 
 def _manifest(recipes: Sequence[Recipe], source: Source, started: float) -> dict[str, Any]:
@@ -136,23 +130,6 @@ def _manifest(recipes: Sequence[Recipe], source: Source, started: float) -> dict
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "duration_s": time.time() - started,
     }
-
-
-def accuracies(name: str, *, root: Path | None = None) -> list[Evaluated]:
-    """The rows that :func:`record_accuracies` wrote.
-
-    Raises
-    ------
-    bnlib.runs.RunError
-        As :func:`bnlib.runs.read` does.
-    """
-    run = runs.read(ACCURACIES, name, root=root)
-    columns = [run[key].tolist() for key in ("network", "models", "crops")]
-    numbers = [run[key].tolist() for key in ("top1", "top5", "n", "cross_entropy_nats")]
-    return [
-        Evaluated(str(network), int(models), int(crops), Accuracy(top1, top5, int(n), loss))
-        for network, models, crops, top1, top5, n, loss in zip(*columns, *numbers, strict=True)
-    ]
 
 
 def run_name(network: str, crops: int) -> str:
@@ -216,18 +193,17 @@ def record_probabilities(
     if unread := (found.sum(1) == 0).nonzero()[:, 0].tolist():
         names = ", ".join(map(source.name, unread))
         raise ValueError(f"cannot be read, so that nothing is recorded: {names}")
-    columns = [_four_digits(column) for column in found.T.tolist()]
+    columns: dict[str, list[Any]] = {
+        f"p{k}": [float(f"{value:.4g}") for value in column]
+        for k, column in enumerate(found.T.tolist())
+    }
     return runs.write(
         experiment,
         run_name(recipe.name, crops),
-        {"label": source.labels.tolist()} | {f"p{k}": column for k, column in enumerate(columns)},
+        {"label": source.labels.tolist()} | columns,
         **_manifest([recipe], source, started),
         root=root,
     )
-
-
-def _four_digits(values: Iterable[float]) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
 
 
 def read_probabilities(
