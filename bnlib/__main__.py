@@ -22,7 +22,6 @@ def _train(argv: list[str]) -> int:
     from bnlib.imagenet import ENSEMBLE, RECIPES, fields, recipe
     from bnlib.imagenet.options import Options
     from bnlib.imagenet.recipes import add_arguments, from_arguments
-    from bnlib.imagenet.training.loop import train
 
     parser = argparse.ArgumentParser(
         "python -m bnlib train",
@@ -35,7 +34,7 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, ImageNet's "
                         "archives, a packed copy, or hf:NAME")  # fmt: skip
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/RECIPE)")
-    fields.add_arguments(parser, Options, "how to run it")
+    fields.add_arguments(parser, Options, "runtime options: they change no number of the result")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -43,6 +42,8 @@ def _train(argv: list[str]) -> int:
         options = Options(**fields.given(Options, arguments))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+    from bnlib.imagenet.training.loop import train  # here: --help does without tqdm
+
     out = arguments.out or Path("runs") / chosen.name
     verdict = train(chosen, arguments.data, out, options)
     _say(f"{chosen.name}: {verdict}")

@@ -211,6 +211,14 @@ def test_the_help_of_train_lists_every_recipe_and_every_field_with_its_source(
     assert "exit codes:" in text
 
 
+def test_the_help_of_train_needs_no_package_that_only_training_needs() -> None:
+    lacking = "import sys; sys.modules |= dict.fromkeys(('tqdm', 'PIL', 'torchvision', 'datasets'))"
+    run = f"{lacking}; from bnlib.__main__ import main; main(['train', '--help'])"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (FINISHED, "")
+    assert "--learning-rate" in done.stdout
+
+
 BN_X5 = ["train", "bn-x5", "--data", "."]
 
 
