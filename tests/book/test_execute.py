@@ -298,6 +298,24 @@ def test_imports_are_followed_to_the_modules_they_reach(project, source, modules
     assert set(depends.modules_used(source, project)) == modules
 
 
+def test_chapters_depend_on_the_rooms_of_bnlib_that_they_use_and_on_no_other():
+    def used(name):
+        code = depends.code_of(ROOT / "chapters" / f"{name}.ipynb")
+        return {
+            path.relative_to(ROOT).as_posix() for path in depends.modules_used(code, ROOT).values()
+        }
+
+    stacks = "bnlib/mnist/stacks.py"
+    in_a_network, transform = used("07_bn_in_a_network"), used("04_bn_transform")
+    assert {stacks, "bnlib/mnist/digits.py", "bnlib/observe/recorder.py"} <= in_a_network
+    assert "bnlib/mnist/digits.py" in transform
+    assert stacks not in transform, "chapter 04 reads digits and trains nothing"
+    # Through `from bnlib.mnist import both` and the experiment, which calls the stacks.
+    assert {stacks, "bnlib/population.py", "bnlib/runs.py"} <= used("10_mnist")
+    for chapter in (in_a_network, transform):
+        assert not {path for path in chapter if path.startswith("bnlib/imagenet/")}
+
+
 def test_relative_imports_are_followed_too(project):
     (project / "bnlib" / "alpha.py").write_text("from . import beta\nfrom .gamma import other\n")
     used = depends.modules_used("import bnlib.alpha", project)
