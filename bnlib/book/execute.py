@@ -24,9 +24,7 @@ from typing import Any
 import nbformat
 import yaml
 from papermill import PapermillExecutionError, execute_notebook, inspect_notebook
-from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 
-_ENGINE = "bnlib"
 _QUIET_SECONDS = 2.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -92,36 +90,6 @@ def check(chapter: Path, parameters: Iterable[str] = ()) -> None:
             )
 
 
-class _Engine(NBClientEngine):
-    """papermill's own engine, which says what it is at, at most every two seconds."""
-
-    @classmethod
-    def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, **kwargs: Any
-    ) -> Any:
-        chapter = Path(kwargs["input_path"]).stem
-        cells = [cell for cell in nb_man.nb.cells if cell.cell_type == "code"]
-        started = said = time.monotonic()
-        at = 0
-        start = nb_man.cell_start
-
-        def cell_start(cell: nbformat.NotebookNode, *args: Any, **options: Any) -> None:
-            nonlocal at, said
-            if cell.cell_type == "code":
-                at, now = at + 1, time.monotonic()
-                if now - said >= _QUIET_SECONDS:
-                    _say(chapter, f"cell {at} of {len(cells)}, {now - started:.0f} s")
-                    said = now
-            start(cell, *args, **options)
-
-        nb_man.cell_start = cell_start
-        _say(chapter, f"starts, {len(cells)} cells")
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-
-
-papermill_engines.register(_ENGINE, _Engine)
-
-
 def _say(chapter: str, text: str) -> None:
     # One write a line, so that the lines of parallel chapters do not mix.
     sys.stderr.write(f"{chapter:<24} {text}\n")
@@ -162,9 +130,13 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
             chapter,
             partial,
             parameters,
-            engine_name=_ENGINE,
             kernel_name="python3",
-            progress_bar=False,
+            # A line of its own for each report, as parallel chapters share the terminal or log.
+            progress_bar={
+                "bar_format": f"{chapter.stem:<24} cell {{n_fmt}} of {{total_fmt}}, {{elapsed}}\n",
+                "mininterval": _QUIET_SECONDS,
+                "miniters": 1,
+            },
             extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except PapermillExecutionError as error:

@@ -118,7 +118,7 @@ def test_only_what_is_out_of_date_is_executed_again(project):
     done = make(project, "--jobs=2", "chapters")
     assert done.returncode == 0, done.stdout
     for name in ALL:
-        assert re.search(rf"^{name} +starts, 2 cells$", done.stdout, re.M)
+        assert re.search(rf"^{name} +cell 3 of 3, \d\d:\d\d$", done.stdout, re.M)
         assert re.search(rf"^{name} +done in [\d.]+ s$", done.stdout, re.M)
         executed = nbformat.read(project / EXECUTED / f"{name}.ipynb", as_version=4)
         assert [c.execution_count for c in executed.cells if c.cell_type == "code"] == [1, 2]
