@@ -1,29 +1,26 @@
-"""Where the photographs come from: one interface to folders, archives, data sets and packed copies.
+"""Where the images come from: one interface to folders, archives, data sets and packed copies.
 
-A source is a sequence of encoded images with their labels. Opening one costs a listing, not a look
-into the images.
+A source is a sequence of encoded images with their labels. Opening one lists the images and does
+not read them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bnlib.imagenet.data import hub
-from bnlib.imagenet.data.source import Example, Source, SourceError
+from bnlib.imagenet.data.index import Listing, read_index, write_index
+from bnlib.imagenet.data.source import SPLITS, Example, Source, SourceError
 
-__all__ = ["FolderSource", "PackedSource", "open_source"]
+__all__ = ["FolderSource", "open_source"]
 
 _LOGGER = logging.getLogger(__name__)
-SPLITS = ("train", "val")
 SUFFIXES = tuple(".jpeg .jpg .png .ppm .bmp .pgm .tif .tiff .webp .gif .avif".split())
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -39,6 +36,11 @@ class FolderSource(Source):
     classes
         The classes in the order of their labels; all subfolders, sorted, by default. Given for the
         validation set, so that a label means the same class as in training.
+    index
+        A file that keeps the listing and the fingerprint. As long as the class folders have the
+        names and times of last change that it records, no file is listed or looked at; otherwise,
+        and if there is none, it is written. Files whose content is replaced without changing
+        their folder go unnoticed: delete the index then.
 
     Raises
     ------
@@ -46,7 +48,9 @@ class FolderSource(Source):
         If the folder cannot be read, has no images, or has subfolders that are no classes.
     """
 
-    def __init__(self, folder: Path, classes: list[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, classes: list[str] | None = None, index: Path | None = None
+    ) -> None:
         self.folder, self.location = folder, str(folder)
         found = _subfolders(folder)
         if classes is not None and (strange := [name for name in found if name not in classes]):
@@ -56,34 +60,51 @@ class FolderSource(Source):
                 "both must be the same"
             )
         self.classes = found if classes is None else list(classes)
-        number = {name: label for label, name in enumerate(self.classes)}
-        names: list[bytes] = []
-        labels: list[int] = []
-        for name in found:
-            files = _images(folder / name)
-            names += [os.fsencode(f"{name}/{file}") for file in files]
-            labels += [number[name]] * len(files)
-        if not names:
-            raise SourceError(
-                f"no images in {folder}: looked for {folder}/<class>/* with the endings "
-                f"{', '.join(SUFFIXES)}; {len(found)} subfolders found"
-            )
-        if lacking := sorted(set(self.classes) - {self.classes[label] for label in labels}):
+        if index is None:
+            self._listing = self._list(found)
+        else:
+            valid_for = {
+                "folder": str(folder.resolve()),
+                "classes": self.classes,
+                "changed_ns": {name: (folder / name).stat().st_mtime_ns for name in found},
+            }
+            if (known := read_index(index, valid_for)) is None:
+                self._listing = self._list(found)
+                write_index(index, self._listing, valid_for, self.fingerprint())
+                known = read_index(index, valid_for)  # memory-mapped: shared by all processes
+            if known is not None:
+                self._listing, self._fingerprint = known
+            self.labels = self._listing.labels
+        present = np.bincount(self.labels, minlength=len(self.classes))
+        if lacking := [name for name, n in zip(self.classes, present, strict=True) if not n]:
             _LOGGER.warning(
                 "%s has no images of %d of its %d classes: %s%s",
                 folder,
                 len(lacking),
                 len(self.classes),
-                ", ".join(lacking[:5]),
+                ", ".join(sorted(lacking)[:5]),
                 " ..." if len(lacking) > 5 else "",
             )
-        # One array, not a list: processes that share it do not copy it by counting references.
-        self._names = np.array(names)
+
+    def _list(self, found: list[str]) -> Listing:
+        number = {name: label for label, name in enumerate(self.classes)}
+        names, lengths, labels = bytearray(), list[int](), list[int]()
+        for name in found:
+            files = [os.fsencode(f"{name}/{file}") for file in _images(self.folder / name)]
+            names += b"".join(files)
+            lengths += map(len, files)
+            labels += [number[name]] * len(files)
+        if not names:
+            raise SourceError(
+                f"no images in {self.folder}: looked for {self.folder}/<class>/* with the endings "
+                f"{', '.join(SUFFIXES)}; {len(found)} subfolders found"
+            )
         self.labels = np.array(labels, dtype=np.int64)
+        return Listing(np.frombuffer(names, dtype=np.uint8), np.cumsum(lengths), self.labels)
 
     def name(self, index: int) -> str:
         """The path below the folder."""
-        return os.fsdecode(bytes(self._names[index]))
+        return self._listing.name(index)
 
     def __getitem__(self, index: int) -> Example:
         name = self.name(index)
@@ -91,99 +112,13 @@ class FolderSource(Source):
             data = file.read()
         return Example(data, int(self.labels[index]), name)
 
-    def _sizes(self) -> Iterable[int]:
-        return (_size(f"{self.location}/{self.name(i)}") for i in range(len(self)))
+    def _names_and_sizes(self) -> Iterable[tuple[str, int]]:
+        for index in range(len(self)):
+            name = self.name(index)
+            yield name, _size(f"{self.location}/{name}")
 
 
-class PackedSource(Source):
-    """A split that :mod:`bnlib.imagenet.data.pack` has written: many images in few files.
-
-    Parameters
-    ----------
-    folder
-        Of the split, with ``index.npz`` and the record files.
-
-    Raises
-    ------
-    SourceError
-        If the index is damaged or of another version, or a record file is missing or too short.
-    """
-
-    VERSION = 1
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.location = folder, str(folder)
-        try:
-            with np.load(folder / "index.npz", allow_pickle=False) as index:
-                about = json.loads(bytes(index["about"]))
-                self._names, self.labels = index["names"], index["labels"]
-                self._files, self._offsets = index["files"], index["offsets"]
-                self._lengths = index["lengths"]
-        except Exception as error:  # numpy and zipfile raise nearly everything on damaged files
-            raise SourceError(
-                f"{folder / 'index.npz'} is damaged ({error}); pack the data set again"
-            ) from error
-        if about["version"] != self.VERSION:
-            raise SourceError(
-                f"{folder} was packed in version {about['version']} of the format; this bnlib "
-                f"reads version {self.VERSION}; pack the data set again"
-            )
-        self.classes: list[str] = about["classes"]
-        self.records: dict[str, str] = about["sha256"]
-        self._paths = [folder / name for name in self.records]
-        ends = np.zeros(len(self._paths), dtype=np.int64)
-        np.maximum.at(ends, self._files, self._offsets + self._lengths)
-        for path, end in zip(self._paths, ends, strict=True):
-            if not path.exists() or path.stat().st_size != end:
-                raise SourceError(
-                    f"{path} is missing or does not have its {end} bytes; pack the data set again"
-                )
-        self._open: dict[int, int] = {}
-
-    def name(self, index: int) -> str:
-        """The name in the source that was packed."""
-        return os.fsdecode(bytes(self._names[index]))
-
-    def __getitem__(self, index: int) -> Example:
-        number = int(self._files[index])
-        if number not in self._open:
-            self._open[number] = os.open(self._paths[number], os.O_RDONLY)
-        length = int(self._lengths[index])
-        data = os.pread(self._open[number], length, int(self._offsets[index]))
-        if len(data) != length:
-            raise OSError(f"{self._paths[number]} ends early")
-        return Example(data, int(self.labels[index]), self.name(index))
-
-    def _sizes(self) -> Iterable[int]:
-        return (int(length) for length in self._lengths)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Another process opens the files itself.
-        return {**self.__dict__, "_open": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
-
-    def verify(self) -> None:
-        """Read everything and compare it with the checksums of the index.
-
-        Raises
-        ------
-        SourceError
-            If a record file is not what was written.
-        """
-        for path, expected in zip(self._paths, self.records.values(), strict=True):
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                raise SourceError(
-                    f"{path} is not what was packed: its sha256 is {found}, the index says "
-                    f"{expected}; delete it with {path.parent / 'index.npz'} and pack again"
-                )
-
-
-def open_source(location: str | Path, split: str) -> Source:
+def open_source(location: str | Path, split: str, index: Path | None = None) -> Source:
     """The images of a location.
 
     Parameters
@@ -194,12 +129,14 @@ def open_source(location: str | Path, split: str) -> Source:
         * a folder with ``train/<class>/*`` and ``val/<class>/*``;
         * a folder with ImageNet's own archives, which are unpacked into such folders first, by
           torchvision, once;
-        * a folder that ``python -m bnlib pack`` has written;
-        * a folder with a Hugging Face data set: as ``save_to_disk`` writes it, or Parquet or Arrow
-          files named after their split;
+        * a folder with a Hugging Face data set: as ``python -m bnlib pack`` or ``save_to_disk``
+          writes it, or Parquet or Arrow files named after their split;
         * ``hf:NAME``, a data set of the Hugging Face hub, such as ``hf:ILSVRC/imagenet-1k``.
     split
         "train" or "val".
+    index
+        A file that spares listing a folder of images again: see :class:`FolderSource`. Data sets in
+        the Hugging Face format need none.
 
     Raises
     ------
@@ -209,7 +146,7 @@ def open_source(location: str | Path, split: str) -> Source:
         If there are no such images; the message says what was looked for.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
+        raise ValueError(f"split must be one of {tuple(SPLITS)}; got {split!r}")
     if str(location).startswith("hf:"):
         return hub.from_hub(str(location)[3:], split)
     root = Path(location).expanduser()
@@ -218,30 +155,27 @@ def open_source(location: str | Path, split: str) -> Source:
         raise SourceError(f"{root} {what}; give a folder of images or hf:NAME")
     try:
         if (root / split / "index.npz").exists():
-            return PackedSource(root / split)
+            raise SourceError(
+                f"{root / split} was packed in a format that is no longer read; delete it and pack "
+                "the original images again with python -m bnlib pack"
+            )
         if (root / split).is_dir() and _subfolders(root / split):
-            return FolderSource(root / split, _trained(root) if split == "val" else None)
+            trained = root / "train"
+            classes = _subfolders(trained) if split == "val" and trained.is_dir() else None
+            return FolderSource(root / split, classes or None, index)
         if (root / ARCHIVES[split]).exists():
             _unpack(root, split)
-            return open_source(root, split)
+            return open_source(root, split, index)
         if (dataset := hub.from_folder(root, split)) is not None:
             return dataset
     except PermissionError as error:
         raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
     there = sorted(entry.name for entry in root.iterdir())
     raise SourceError(
-        f"no {split} images in {root}: looked for {split}/<class>/*, {split}/index.npz (packed), "
-        f"{ARCHIVES[split]}, dataset_dict.json, {split}*.parquet and {split}*.arrow; found "
+        f"no {split} images in {root}: looked for {split}/<class>/*, {ARCHIVES[split]}, "
+        f"dataset_dict.json, {split}/dataset_info.json, {split}*.parquet and {split}*.arrow; found "
         f"{', '.join(there[:8]) or 'nothing'}{' ...' if len(there) > 8 else ''}"
     )
-
-
-def _trained(root: Path) -> list[str] | None:
-    """The classes of the training set beside a validation set, if there is one."""
-    train = root / "train"
-    if (train / "index.npz").exists():
-        return PackedSource(train).classes
-    return (_subfolders(train) if train.is_dir() else None) or None
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -1,19 +1,28 @@
-"""Images of data sets in the Hugging Face format, from a folder or from the hub."""
+"""Images of data sets in the Hugging Face format, from a folder or from the hub.
+
+Reading a folder uses no network. Data sets on disk are memory-mapped where they are; only Parquet
+files are converted first, into ``.cache`` beside them or, if that is set, ``$HF_DATASETS_CACHE``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bnlib.imagenet.data.source import Example, Source, SourceError
+from bnlib.imagenet.data.source import SPLITS, Example, Source, SourceError
+from bnlib.runs import write_atomically
 
-__all__ = ["HubSource", "from_folder", "from_hub"]
+__all__ = ["NAME_COLUMN", "HubSource", "from_folder", "from_hub"]
 
-# What data sets call the part for training and the part that the paper evaluates on.
-SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
+NAME_COLUMN = "file_name"  # where there is such a column of strings, it names the images
 
 
 class HubSource(Source):
@@ -22,7 +31,8 @@ class HubSource(Source):
     Parameters
     ----------
     dataset
-        A ``datasets.Dataset`` with a column of images and one of labels.
+        A ``datasets.Dataset`` with a column of images and one of labels. A column ``file_name``
+        names the images; without it, they are named by their row.
     location
         For messages.
 
@@ -33,7 +43,7 @@ class HubSource(Source):
     """
 
     def __init__(self, dataset: Any, location: str) -> None:
-        datasets = _datasets()
+        datasets = load_datasets()
         self.location = location
         features = dataset.features
         images = [name for name, f in features.items() if isinstance(f, datasets.Image)]
@@ -55,38 +65,63 @@ class HubSource(Source):
             )
         names = getattr(features[label], "names", None)
         self.classes = list(names or map(str, range(int(self.labels.max()) + 1)))
+        self._names = None
+        if features.get(NAME_COLUMN) == datasets.Value("string"):
+            self._names = dataset.select_columns([NAME_COLUMN])
         column = dataset.select_columns([image])
         self._rows = column.cast_column(image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
-        """The split and the number of the row."""
-        return f"{self.location}[{index}]"
+        """The image's own name if the data set has names, else the split and the row's number."""
+        if self._names is None:
+            return f"{self.location}[{index}]"
+        return str(self._names[int(index)][NAME_COLUMN])
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[int(index)][self._image]
-        data, path = row["bytes"], row["path"]
+        row = self._rows[int(index)][self._image] or {}
+        data = row.get("bytes")
         if data is None:
-            data = Path(path).read_bytes()
+            if row.get("path") is None:
+                raise OSError(f"row {index} of {self.location} holds no image")
+            data = Path(row["path"]).read_bytes()
         return Example(data, int(self.labels[index]), self.name(index))
 
-    def _sizes(self) -> Iterable[int]:
-        import pyarrow.compute
+    def _names_and_sizes(self) -> Iterable[tuple[str, int]]:
+        import pyarrow.compute as pc
 
+        names: Iterable[str] = map(self.name, range(len(self)))
         if self._rows._indices is not None:  # a selection of rows: no cheap way
-            return (len(self[index].data) for index in range(len(self)))
+            return zip(names, (len(self[index].data) for index in range(len(self))), strict=True)
         column = self._rows.data.column(self._image)
-        sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes"))
-        return (size or 0 for size in sizes.to_pylist())
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), 0)
+        if self._names is not None:
+            names = map(str, self._names[:][NAME_COLUMN])
+        return zip(names, sizes.to_pylist(), strict=True)
 
 
-def _datasets() -> Any:
+def load_datasets() -> Any:
+    """The package ``datasets``, or an error that says how to install it."""
     try:
         import datasets
     except ImportError as error:
         raise SourceError(
-            "reading Hugging Face data sets needs the package datasets: pip install 'bnlib[hub]'"
+            "Hugging Face data sets and packed copies need the package datasets: pip install "
+            "'bnlib[hub]'"
         ) from error
     return datasets
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[Any]:
+    """The package ``datasets``, kept from drawing progress bars of its own."""
+    datasets = load_datasets()
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
 
 
 def from_hub(name: str, split: str) -> HubSource:
@@ -97,7 +132,7 @@ def from_hub(name: str, split: str) -> HubSource:
     SourceError
         If it cannot be had, or has no such split.
     """
-    datasets = _datasets()
+    datasets = load_datasets()
     if not name:
         raise SourceError("hf: needs the name of a data set, such as hf:ILSVRC/imagenet-1k")
     try:
@@ -120,35 +155,48 @@ def from_folder(root: Path, split: str) -> HubSource | None:
         If there is a data set without such a split, or it cannot be read.
     """
     location = f"{root}/{split}"
-    saved = [root, *(root / alias for alias in SPLITS[split])]
-    for folder in saved:
-        if not any((folder / f"dataset_{kind}.json").exists() for kind in ("dict", "info")):
-            continue
-        datasets = _datasets()
-        loaded = _read(lambda: datasets.load_from_disk(str(folder)), folder)  # noqa: B023
-        if isinstance(loaded, datasets.DatasetDict):
-            return HubSource(loaded[_split_of(list(loaded), split, str(root))], location)
-        if folder == root and loaded.split is not None:
-            _split_of([str(loaded.split)], split, str(root))
-        elif folder == root and split != "train":
-            raise SourceError(f"{root} holds one data set that does not say that it is for {split}")
-        return HubSource(loaded, location)
+    for folder in (root, *(root / alias for alias in SPLITS[split])):
+        if any((folder / f"dataset_{kind}.json").exists() for kind in ("dict", "info")):
+            return HubSource(_saved(folder, root, split), location)
     for kind in ("parquet", "arrow"):
         for alias in SPLITS[split]:
             patterns = [f"{place}{alias}{end}" for place in ("", "data/") for end in ("-*.", ".")]
             files = sorted(str(f) for pattern in patterns for f in root.glob(pattern + kind))
             if files:
-                load = _datasets().load_dataset
-                loaded = _read(lambda: load(kind, data_files=files, split="train"), root)  # noqa: B023
-                return HubSource(loaded, location)
+                read = _parquet if kind == "parquet" else _arrow
+                return HubSource(_read(read, files, root), location)
     return None
 
 
-def _read(load: Callable[[], Any], folder: Path) -> Any:
-    try:
-        return load()
-    except Exception as error:  # Arrow and Parquet readers fail in many ways on damaged files
-        raise SourceError(f"the data set in {folder} cannot be read: {error}") from error
+def _saved(folder: Path, root: Path, split: str) -> Any:
+    """What ``save_to_disk`` wrote to a folder that is the root, or the split's in it."""
+    datasets = load_datasets()
+    loaded = _read(datasets.load_from_disk, str(folder), folder)
+    if isinstance(loaded, datasets.DatasetDict):
+        return loaded[_split_of(list(loaded), split, str(root))]
+    if folder == root and loaded.split is not None:
+        _split_of([str(loaded.split)], split, str(root))
+    elif folder == root and split != "train":
+        raise SourceError(f"{root} holds one data set that does not say that it is for {split}")
+    return loaded
+
+
+def _parquet(files: list[str]) -> Any:
+    cache = os.environ.get("HF_DATASETS_CACHE", os.path.join(os.path.dirname(files[0]), ".cache"))
+    return load_datasets().Dataset.from_parquet(files, cache_dir=cache)
+
+
+def _arrow(files: list[str]) -> Any:
+    datasets = load_datasets()
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+def _read(read: Callable[[Any], Any], what: Any, folder: Path) -> Any:
+    with _without_progress_bars():
+        try:
+            return read(what)
+        except Exception as error:  # Arrow and Parquet readers fail in many ways on damaged files
+            raise SourceError(f"the data set in {folder} cannot be read: {error}") from error
 
 
 def _split_of(known: list[str], split: str, location: str) -> str:
@@ -159,3 +207,39 @@ def _split_of(known: list[str], split: str, location: str) -> str:
         f"{location} has the splits {', '.join(known)}; for {split} one of "
         f"{', '.join(SPLITS[split])} is needed"
     )
+
+
+def image_features(classes: list[str]) -> Any:
+    """The columns of a packed copy: an image, its class, its name."""
+    datasets = load_datasets()
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=classes),
+            NAME_COLUMN: datasets.Value("string"),
+        }
+    )
+
+
+def arrow_stream(rows: list[dict[str, Any]], features: Any) -> memoryview:
+    """An Arrow file with these rows."""
+    import pyarrow as pa
+
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, features.arrow_schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, features.arrow_schema))
+    return memoryview(stream.getvalue())
+
+
+def make_data_set(folder: Path, files: list[str], features: Any) -> None:
+    """Write beside Arrow files what makes them a data set as ``save_to_disk`` writes it."""
+    with _without_progress_bars() as datasets, tempfile.TemporaryDirectory() as scratch:
+        # what it says of a data set without rows, but with these files
+        columns: dict[str, list[Any]] = {name: [] for name in features}
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(scratch)
+        state = json.loads(Path(scratch, "state.json").read_text())
+        info = Path(scratch, "dataset_info.json").read_bytes()
+    state["_data_files"] = [{"filename": name} for name in files]
+    state["_fingerprint"] = uuid.uuid4().hex[:16]  # under which `datasets` caches what it derives
+    write_atomically(folder / "state.json", json.dumps(state, indent=2).encode())
+    write_atomically(folder / "dataset_info.json", info)  # last: now it is one

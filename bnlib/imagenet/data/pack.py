@@ -5,12 +5,15 @@
 Every image is made smaller, so that its shorter side has that many pixels, and stored as JPEG. An
 image that is small enough already is stored as it is, if it is an ordinary JPEG.
 
-``DESTINATION/<split>/`` holds record files of a thousand images each, one behind the other;
-``index.npz``, which says where each image lies, with its name and label and the sha256 of every
-record file; and ``damaged.tsv``, which names what could not be decoded and is left out.
+``DESTINATION/<split>/`` is a data set in the Hugging Face format, as ``save_to_disk`` writes it:
+Arrow files of a thousand images each, with the columns ``image``, ``label`` and ``file_name``.
+``datasets.load_from_disk`` reads it, and so does :func:`bnlib.imagenet.data.folders.open_source`.
+Beside them are ``pack.json``, with the settings and every file's sha256, and ``damaged.tsv``, with
+the images that cannot be decoded and are left out.
 
-A record file is written under a temporary name and renamed when complete, then what it holds is
-noted beside it. Started again after an interruption, the work goes on behind the last such note.
+An Arrow file is complete when ``pack.json`` lists it, and the data set when it has a
+``dataset_info.json``. Started again after an interruption, packing continues with the files that
+are not listed.
 """
 
 from __future__ import annotations
@@ -19,33 +22,31 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from bnlib.imagenet.data import hub
 from bnlib.imagenet.data.decode import DamagedImage, Encoded
-from bnlib.imagenet.data.folders import SPLITS, PackedSource, open_source
-from bnlib.imagenet.data.source import Source, SourceError
+from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.source import SPLITS, Source, SourceError
+from bnlib.imagenet.data.workers import Workers
 from bnlib.runs import write_atomically
 
 __all__ = ["main", "pack", "repacked"]
 
-RECORDS_PER_FILE = 1000
-UNREADABLE = 10  # files of a record file's images that cannot be opened, as when a disk is gone
+IMAGES_PER_FILE = 1000
+MAX_UNREADABLE = 10  # files of a thousand that cannot be opened; more, and the disk is gone
 
 
 def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
-    """An image as the packed form stores it.
+    """An image as the packed copy stores it.
 
     Parameters
     ----------
@@ -75,10 +76,10 @@ def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
     pixels = encoded.decode() if small else encoded.resize_shorter(shorter_side)
     if small and encoded.is_ordinary_jpeg:
         return data
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     output = io.BytesIO()
     # 4:2:0, as nearly all JPEGs have it: half the color resolution in both directions
-    picture.save(output, "JPEG", quality=quality, subsampling=2)
+    image.save(output, "JPEG", quality=quality, subsampling=2)
     return output.getvalue()
 
 
@@ -88,12 +89,12 @@ def pack(
     *,
     shorter_side: int = 256,
     quality: int = 90,
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = tuple(SPLITS),
     workers: int | None = None,
     verify: bool = True,
     progress: bool = True,
 ) -> None:
-    """Write a smaller copy of a data set; go on with one that was interrupted.
+    """Write a smaller copy of a data set; continue one that was interrupted.
 
     Parameters
     ----------
@@ -122,6 +123,8 @@ def pack(
     SourceError
         If the source cannot be read, or no longer can be, or verifying finds something else than
         was written.
+    OSError
+        If the destination cannot be written, as when its disk is full.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if shorter_side < 1 or not 1 <= quality <= 100 or workers < 1:
@@ -137,195 +140,126 @@ def pack(
             f"{destination} lies in the images of {location}, where it would pass for classes or "
             "take their place; choose another destination"
         )
+    settings = {"shorter_side": shorter_side, "quality": quality}
     for split, source in opened.items():
-        folder = folders[split]
-        settings = {"shorter_side": shorter_side, "quality": quality}
-        _pack_split(source, folder, split, settings, workers, progress)
+        _pack_split(_Files(source, folders[split], settings), workers, progress)
         if verify:
-            PackedSource(folder).verify()
+            _verify(folders[split])
 
 
-def _pack_split(
-    source: Source,
-    folder: Path,
-    split: str,
-    settings: dict[str, int],
-    workers: int,
-    progress: bool,
-) -> None:
-    from tqdm import tqdm
+class _Files(Dataset[dict[str, Any]]):
+    """From the number of an Arrow file to the note about it, once it is written."""
 
-    plan = {**settings, "source": source.fingerprint(), "records_per_file": RECORDS_PER_FILE}
-    _agree(folder, plan)
-    if (folder / "index.npz").exists():
+    def __init__(self, source: Source, folder: Path, settings: dict[str, int]) -> None:
+        self.source, self.folder, self.settings = source, folder, settings
+        self.first = range(0, len(source), IMAGES_PER_FILE)  # the first image of each file
+        self.features = hub.image_features(source.classes)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"data-{number:05}-of-{len(self.first):05}.arrow"
+
+    def indices(self, number: int) -> range:
+        first = self.first[number]
+        return range(first, min(first + self.first.step, len(self.source)))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
+        damaged: dict[str, str] = {}
+        unreadable = 0
+        for index in self.indices(number):
+            name = self.source.name(index).encode(errors="backslashreplace").decode()
+            try:
+                data, label, _ = self.source[index]
+                data = repacked(data, name, **self.settings)
+            except (DamagedImage, OSError) as error:
+                unreadable += isinstance(error, OSError)
+                if unreadable > MAX_UNREADABLE:
+                    raise SourceError(
+                        f"{unreadable} images of {self.source.location} cannot be read: {error}; "
+                        "is it still there? Start again to continue"
+                    ) from error
+                damaged[name] = getattr(error, "reason", str(error))
+                continue
+            rows.append({"image": {"bytes": data, "path": None}, "label": label, "file_name": name})
+        content = hub.arrow_stream(rows, self.features)
+        write_atomically(self.path(number), content)
+        checksum = hashlib.sha256(content).hexdigest()
+        return {"sha256": checksum, "images": len(rows), "damaged": damaged}
+
+
+def _pack_split(files: _Files, workers: int, progress: bool) -> None:
+    """Write what is missing of a split."""
+    folder, source, numbers = files.folder, files.source, range(len(files.first))
+    state = _begun(
+        folder,
+        {
+            **files.settings,
+            "images_per_file": files.first.step,
+            "source": source.fingerprint(),
+        },
+    )
+    if (folder / "dataset_info.json").exists():
         return
     for left_over in folder.glob(".*.tmp"):
         left_over.unlink()
-    files = [
-        range(first, min(first + RECORDS_PER_FILE, len(source)))
-        for first in range(0, len(source), RECORDS_PER_FILE)
-    ]
-    bar = tqdm(
-        total=len(source), desc=f"packing {split}", unit="img", disable=None if progress else True
+    notes = state["files"]
+    to_do = numbers[len(notes) :]  # files are noted in their order
+    written = Workers(
+        files, to_do, min(workers, len(to_do)) if workers > 1 else 0, torch.device("cpu")
     )
-    to_do = []
-    for number, indices in enumerate(files):
-        if _note_path(folder, number).exists():
-            bar.update(len(indices))
-        else:
-            to_do.append(number)
-    try:
-        for number in _written(source, folder, files, to_do, settings, workers):
-            bar.update(len(files[number]))
-    finally:
-        bar.close()
-    _write_index(folder, source.classes, plan, len(files))
-
-
-def _agree(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what is being packed, or refuse to mix it with something else."""
-    path = folder / "plan.json"
-    if path.exists():
-        begun = json.loads(path.read_text())
-        differing = [key for key in plan if begun.get(key) != plan[key]]
-        if differing:
-            raise ValueError(
-                f"{folder} was begun with other settings: "
-                + ", ".join(f"{key} {begun.get(key)} there, {plan[key]} now" for key in differing)
-                + "; choose another destination or delete it"
-            )
-    write_atomically(path, (json.dumps(plan, indent=2) + "\n").encode())
-
-
-def _note_path(folder: Path, number: int) -> Path:
-    return folder / f"records-{number:05}.json"
-
-
-def _written(
-    source: Source,
-    folder: Path,
-    files: list[range],
-    to_do: list[int],
-    settings: dict[str, int],
-    workers: int,
-) -> Iterator[int]:
-    """Write the record files that are missing; the number of each as it is complete."""
-    workers = min(workers, len(to_do))
-    if workers <= 1:
+    with tqdm(
+        total=len(source),
+        initial=sum(len(files.indices(number)) for number in numbers[: len(notes)]),
+        desc=f"packing {folder.name}",
+        unit="img",
+        disable=None if progress else True,
+    ) as bar:
         for number in to_do:
-            _write_file(source, folder, number, files[number], settings)
-            yield number
-        return
-    # New processes, not forks: a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (source,))
-    try:
-        futures = {
-            pool.submit(_write_in_worker, folder, number, files[number], settings): number
-            for number in to_do
-        }
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_source: Source
-
-
-def _start(source: Source) -> None:
-    global _worker_source
-    _worker_source = source  # sent once, not with every task
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _write_in_worker(folder: Path, number: int, indices: range, settings: dict[str, int]) -> None:
-    _write_file(_worker_source, folder, number, indices, settings)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the main process has been killed, which no signal tells it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
-
-
-def _write_file(
-    source: Source, folder: Path, number: int, indices: range, settings: dict[str, int]
-) -> None:
-    """One record file, then the note of what it holds."""
-    entries: list[tuple[str, int, int]] = []
-    damaged: dict[str, str] = {}
-    records: list[bytes] = []
-    unreadable = 0
-    for index in indices:
-        try:
-            data, label, name = source[index]
-            record = repacked(data, name, **settings)
-        except (DamagedImage, OSError) as error:
-            unreadable += isinstance(error, OSError)
-            if unreadable > UNREADABLE:
-                raise SourceError(
-                    f"{unreadable} images of {source.location} cannot be read: {error}; is it "
-                    "still there? Start again to go on"
-                ) from error
-            damaged[source.name(index)] = getattr(error, "reason", str(error))
-            continue
-        records.append(record)
-        entries.append((name, label, len(record)))
-    content = b"".join(records)
-    path = folder / f"records-{number:05}.bin"
-    write_atomically(path, content)
-    note = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "entries": entries,
-        "damaged": damaged,
-    }
-    write_atomically(_note_path(folder, number), json.dumps(note).encode())
-
-
-def _write_index(folder: Path, classes: list[str], plan: dict[str, Any], files: int) -> None:
-    names, labels, lengths, offsets, numbers = [], [], [], [], []
-    checksums: dict[str, str] = {}
-    damaged: dict[str, str] = {}
-    for number in range(files):
-        note = json.loads(_note_path(folder, number).read_text())
-        checksums[f"records-{number:05}.bin"] = note["sha256"]
-        damaged |= note["damaged"]
-        offset = 0
-        for name, label, length in note["entries"]:
-            names.append(os.fsencode(name))
-            labels.append(label)
-            lengths.append(length)
-            offsets.append(offset)
-            numbers.append(number)
-            offset += length
-    about = {"version": PackedSource.VERSION, "classes": classes, "sha256": checksums, **plan}
-    if not names:
+            notes[files.path(number).name] = next(written)
+            write_atomically(folder / "pack.json", _json(state))
+            bar.update(len(files.indices(number)))
+    damaged = {name: reason for note in notes.values() for name, reason in note["damaged"].items()}
+    if len(damaged) == len(source):
         raise SourceError(f"none of the {len(damaged)} images for {folder} can be decoded")
-    index = io.BytesIO()
-    np.savez(
-        index,
-        about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        names=np.array(names),
-        labels=np.array(labels, dtype=np.int64),
-        lengths=np.array(lengths, dtype=np.int64),
-        offsets=np.array(offsets, dtype=np.int64),
-        files=np.array(numbers, dtype=np.int64),
-    )
-    write_atomically(folder / "damaged.tsv", _table(damaged.items()))
-    write_atomically(folder / "index.npz", index.getvalue())
-    for number in range(files):
-        _note_path(folder, number).unlink()
+    table = "".join(f"{name}\t{reason}\n" for name, reason in damaged.items())
+    write_atomically(folder / "damaged.tsv", f"name\treason\n{table}".encode())
+    hub.make_data_set(folder, list(notes), files.features)
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> bytes:
-    lines = ["name\treason", *("\t".join(row) for row in rows)]
-    return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What has been packed with the same settings; others are refused."""
+    path = folder / "pack.json"
+    if not path.exists():
+        if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ValueError(f"{folder} holds something else; choose another destination")
+        state = {"settings": settings, "files": {}}
+        write_atomically(path, _json(state))
+        return state
+    state = json.loads(path.read_text())
+    begun = state["settings"]
+    if differing := [key for key in settings if begun.get(key) != settings[key]]:
+        raise ValueError(
+            f"{folder} was begun with other settings: "
+            + ", ".join(f"{key} {begun.get(key)} there, {settings[key]} now" for key in differing)
+            + "; choose another destination or delete it"
+        )
+    return state
+
+
+def _verify(folder: Path) -> None:
+    """Read everything and compare it with the checksums."""
+    for name, note in json.loads((folder / "pack.json").read_text())["files"].items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != note["sha256"]:
+            raise SourceError(
+                f"{folder / name} is not what was packed: its sha256 is {found}, not "
+                f"{note['sha256']}; delete {folder} and pack again"
+            )
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("destination", help="folder, made if need be")
     parser.add_argument("--shorter-side", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality (default 90)")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--splits", nargs="+", choices=tuple(SPLITS), default=tuple(SPLITS))
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
         "--verify",
@@ -363,19 +297,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         pack(source, destination, **options)
         for split in arguments.splits:
             folder = Path(destination).expanduser() / split
-            damaged = (folder / "damaged.tsv").read_text(errors="surrogateescape").count("\n") - 1
+            notes = json.loads((folder / "pack.json").read_text())["files"].values()
+            images = sum(note["images"] for note in notes)
+            damaged = sum(len(note["damaged"]) for note in notes)
             note = f", {damaged} damaged ones left out (damaged.tsv)" if damaged else ""
-            print(f"{folder}: {len(PackedSource(folder))} images{note}")
-    except (SourceError, ValueError, OSError) as error:
+            print(f"{folder}: {images} images{note}")
+    except (SourceError, ValueError) as error:
         print(f"pack: {error}", file=sys.stderr)
         return 1
-    except BrokenProcessPool:
+    except OSError as error:
+        print(f"pack: {error}; start it again to continue", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         print(
-            "pack: a worker was killed; is memory short? Start again with fewer --workers to go on",
+            f"pack: {error} Is memory short? Start it again with fewer --workers to continue",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("pack: interrupted; start it again to go on", file=sys.stderr)
+        print("pack: interrupted; start it again to continue", file=sys.stderr)
         return 130
     return 0

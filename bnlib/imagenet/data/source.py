@@ -11,11 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Example", "Source", "SourceError", "check_classes"]
+__all__ = ["SPLITS", "Example", "Source", "SourceError", "check_classes"]
+
+# The part for training and the part that the paper evaluates on, and what data sets call them.
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
 
 class SourceError(RuntimeError):
-    """Images cannot be had from a location; the message says what was looked for."""
+    """Raised if a location has no readable images; the message says what was looked for."""
 
 
 class Example(NamedTuple):
@@ -28,7 +31,7 @@ class Example(NamedTuple):
     label
         Index of its class in ``classes``.
     name
-        What to call it in a message.
+        What messages call it.
     """
 
     data: bytes
@@ -46,12 +49,13 @@ class Source(ABC):
     labels
         int64 (n,): the labels of all examples.
     location
-        Where the images lie, for messages.
+        Where the images are, for messages.
     """
 
     classes: list[str]
     labels: NDArray[np.int64]
     location: str
+    _fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,27 +69,31 @@ class Source(ABC):
         """The name of an example, without reading it."""
 
     @abstractmethod
-    def _sizes(self) -> Iterable[int]:
-        """The encoded sizes of all examples, in bytes."""
+    def _names_and_sizes(self) -> Iterable[tuple[str, int]]:
+        """The names and encoded sizes (bytes) of all examples."""
 
     def fingerprint(self) -> str:
         """sha256 over the names, sizes and labels of all examples, as hexadecimal digits.
 
-        Two sources with the same fingerprint hold, as far as one sees without reading them, the
-        same images in the same order.
+        Two sources with the same fingerprint hold the same images in the same order, as far as can
+        be seen without reading them. Computed at the first call, which looks at every image's size.
         """
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for index, size in enumerate(self._sizes()):
-            line = f"{self.name(index)}\t{size}\t{self.labels[index]}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.classes).encode())
+            rows = zip(self._names_and_sizes(), self.labels.tolist(), strict=True)
+            for (name, size), label in rows:
+                line = f"{name}\t{size}\t{label}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 def check_classes(source: Source, trained: Sequence[str], where: str) -> None:
     """Refuse images whose labels do not mean the classes that a network is trained on.
 
     The same names must have the same numbers; classes at the end may be missing. As many classes
-    with other names altogether pass: the same data set goes by WordNet's ids and by words.
+    with entirely different names pass: the same data set may name them by WordNet's ids or by
+    words.
 
     Parameters
     ----------

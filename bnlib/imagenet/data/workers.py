@@ -7,6 +7,7 @@ import logging
 import signal
 import weakref
 from collections.abc import Iterable
+from traceback import format_exc
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -62,17 +63,18 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _Returning(Dataset[T | DamagedImage]):
-    """Returns ``DamagedImage`` as a value: raised in a worker, it would reach the main process as
-    another error, without the image's name."""
+class _Returning(Dataset[T | Exception]):
+    """Returns an exception as a value: raised in a worker, it would reach the main process with
+    another message, and some as another exception."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: int) -> T | DamagedImage:
+    def __getitem__(self, item: int) -> T | Exception:
         try:
             return self.dataset[item]
-        except DamagedImage as error:
+        except Exception as error:
+            error.add_note(f"In the process that prepares item {item}:\n{format_exc()}")
             return error
 
 
@@ -103,8 +105,8 @@ class Workers(Generic[T]):
         atexit.register(end)
 
     def __next__(self) -> T:
-        item: T | DamagedImage = next(self._iterator)
-        if isinstance(item, DamagedImage):
+        item: T | Exception = next(self._iterator)
+        if isinstance(item, Exception):
             raise item
         return item
 
