@@ -2,7 +2,7 @@
 
 A network is calibrated if, of the images to which it gives its first class with a probability of
 80 %, it has 80 % right. Every probability tensor is (n, classes), a row an image, each row summing
-to one; labels are int64 (n,).
+to one; labels are int64 (n,). Shapes that do not fit, or no image, are a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -65,11 +65,6 @@ def log_losses(probabilities: Tensor, labels: Tensor) -> Tensor:
     -------
     torch.Tensor
         Nats, float64 (n,); a probability below ``1e-12`` counts as ``1e-12``.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or there is no image.
     """
     right = _checked(probabilities, labels).gather(1, labels[:, None])[:, 0]
     return -right.clamp_min(SMALLEST).log()
@@ -81,11 +76,6 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
     .. math:: \\frac{1}{n} \\sum_i \\sum_k (p_{ik} - [y_i = k])^2
 
     From 0, certain and right, to 2, certain and wrong.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or there is no image.
     """
     probabilities = _checked(probabilities, labels)
     right = torch.nn.functional.one_hot(labels, probabilities.shape[1])
@@ -108,7 +98,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliab
     Raises
     ------
     ValueError
-        If shapes do not fit, there is no image, or ``bins`` is out of range.
+        If ``bins`` is out of range.
     """
     confidence, first = _checked(probabilities, labels).max(1)
     if not 1 <= bins <= len(labels):
@@ -130,11 +120,6 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
     with the bins of :func:`reliability`. It is above zero even for a calibrated network, as each
     bin has finitely many images.
-
-    Raises
-    ------
-    ValueError
-        As :func:`reliability` does.
     """
     found = reliability(probabilities, labels, bins)
     gaps = (found.accuracy - found.confidence).abs()
@@ -170,11 +155,6 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
     -------
     float
         From 0.01 to 100, even if the loss falls beyond.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or there is no image.
     """
     logs = _checked(probabilities, labels).clamp_min(SMALLEST).log()
     right = logs.gather(1, labels[:, None])[:, 0]

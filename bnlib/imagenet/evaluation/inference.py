@@ -156,12 +156,11 @@ def predict(
     mine = range(group.rank, len(source), group.world)
     together = max(1, batch // crops)  # images
     chunks = [mine[first : first + together] for first in range(0, len(mine), together)]
+    skipped = SkippedImages(source)
     cutting = Workers(
         _Cutting(source, size, crops, chunks), range(len(chunks)), workers, group.device
     )
-    skipped = SkippedImages(source)
-    shown = progress and group.first
-    with tqdm(total=len(mine), unit="img", disable=None if shown else True) as bar:
+    with tqdm(total=len(mine), unit="img", disable=None if progress else True) as bar:
         for chunk in chunks:
             found: _Crops = next(cutting)
             skipped.count(found.damaged)

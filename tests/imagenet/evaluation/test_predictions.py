@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from imagenet_runs import QUIET, TINY, TinyNetwork, image_folder, use_tiny_network
+from imagenet_runs import (
+    QUIET,
+    TINY,
+    TinyNetwork,
+    finished,
+    forked,
+    free_port,
+    image_folder,
+    use_tiny_network,
+)
 
 from bnlib import runs
 from bnlib.__main__ import FAILED, FINISHED, main
@@ -128,6 +138,26 @@ def test_evaluate_and_ensemble_record_what_they_print(
     ]  # fmt: skip
 
 
+def test_two_processes_evaluate_and_record_as_one_does(
+    data: Path, trained: list[Path], tmp_path: Path
+) -> None:
+    port = str(free_port())
+    command = ["ensemble", *map(str, trained), "--data", str(data), "--device", "cpu"]
+
+    def work(rank: int, world: int, name: str) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        assert main([*command, "--record", name, "--record-root", str(tmp_path)]) == FINISHED
+
+    cases = [(0, 1, "alone"), (0, 2, "two"), (1, 2, "two")]
+    processes = [forked(lambda case=case: work(*case)) for case in cases]  # type: ignore[misc]
+    assert finished(*processes) == [0, 0, 0]
+    for two, alone in zip(recorded("two", tmp_path), recorded("alone", tmp_path), strict=True):
+        assert two[:3] == alone[:3]
+        assert (two.accuracy.top1, two.accuracy.n) == (alone.accuracy.top1, 12)
+        assert two.accuracy.loss == pytest.approx(alone.accuracy.loss, rel=1e-5)
+
+
 def test_without_the_flag_nothing_is_recorded(
     data: Path, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,4 +202,6 @@ def test_networks_for_other_crops_make_no_ensemble(
     torch.save(state, tmp_path / "network.pt")
     both = [str(trained[0]), str(tmp_path)]
     assert main(["ensemble", *both, "--data", str(data), "--device", "cpu"]) == FAILED
-    assert "image_size of the networks is [32, 48]; it must be one for all" in capsys.readouterr().err
+    assert (
+        "image_size of the networks is [32, 48]; it must be one for all" in capsys.readouterr().err
+    )
