@@ -19,9 +19,8 @@ diverged, which is recorded as a result (torchrun makes 1 of it)
 
 
 def _train(argv: list[str]) -> int:
-    from bnlib.imagenet import ENSEMBLE, RECIPES, fields, recipe
+    from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, fields, recipe
     from bnlib.imagenet.options import Options
-    from bnlib.imagenet.recipes import add_arguments, from_arguments
 
     parser = argparse.ArgumentParser(
         "python -m bnlib train",
@@ -30,15 +29,16 @@ def _train(argv: list[str]) -> int:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", choices=[*RECIPES, *ENSEMBLE], metavar="RECIPE", help=_names())
+    parser.add_argument("recipe", choices=[*RECIPES, *ENSEMBLE], metavar="RECIPE",
+                        help=", ".join([*RECIPES, *ENSEMBLE]))  # fmt: skip
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, ImageNet's "
                         "archives, a packed copy, or hf:NAME")  # fmt: skip
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/RECIPE)")
     fields.add_arguments(parser, Options, "runtime options: they change no number of the result")
-    add_arguments(parser)
+    fields.add_arguments(parser, Recipe, "recipe: what is not given stays as the recipe has it")
     arguments = parser.parse_args(argv)
     try:
-        chosen = from_arguments(recipe(arguments.recipe), arguments)
+        chosen = recipe(arguments.recipe).replace(**fields.given(Recipe, arguments))
         options = Options(**fields.given(Options, arguments))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
@@ -60,15 +60,33 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _names() -> str:
-    from bnlib.imagenet import ENSEMBLE, RECIPES
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
 
-    return ", ".join([*RECIPES, *ENSEMBLE])
+
+def _evaluate(argv: list[str]) -> int:
+    return _evaluate_or_ensemble("evaluate", argv)
 
 
-def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
+def _ensemble(argv: list[str]) -> int:
+    return _evaluate_or_ensemble("ensemble", argv)
+
+
+def _evaluate_or_ensemble(command: str, argv: list[str]) -> int:
     from bnlib.imagenet.evaluation.crops import CROPS
 
+    several = command == "ensemble"
+    parser = argparse.ArgumentParser(
+        f"python -m bnlib {command}",
+        usage=f"%(prog)s CHECKPOINT {'... ' if several else ''}--data DIR [flags; see --help]",
+        description="Accuracy of the arithmetic mean of several networks' probabilities."
+        if several
+        else "Accuracy of a trained network on held-out images.",
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="+" if several else 1,
+                        help="a run's folder, its network.pt, or step-*.pt")  # fmt: skip
     parser.add_argument("--data", required=True, help="as for training; its val/ part is used")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="views of an image")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
@@ -77,41 +95,10 @@ def _held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="NAME", help="write a recorded run of that name")
     parser.add_argument("--record-root", type=Path, default=Path("recorded"), metavar="DIR",
                         help="where --record writes it (default recorded)")  # fmt: skip
+    return _evaluate_all(parser.parse_args(argv))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
-
-
-def _evaluate(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m bnlib evaluate",
-        usage="%(prog)s CHECKPOINT --data DIR [flags; see --help]",
-        description="Accuracy of a trained network on held-out images.",
-    )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a run's folder, its network.pt, or step-*.pt"
-    )
-    _held_out_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return _evaluate_all([arguments.checkpoint], arguments)
-
-
-def _ensemble(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m bnlib ensemble",
-        usage="%(prog)s CHECKPOINT ... --data DIR [flags; see --help]",
-        description="Accuracy of the arithmetic mean of several networks' probabilities.",
-    )
-    parser.add_argument("checkpoint", type=Path, nargs="+", help="as for evaluate, one or more")
-    _held_out_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return _evaluate_all(arguments.checkpoint, arguments)
-
-
-def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
+def _evaluate_all(arguments: argparse.Namespace) -> int:
     import torch
 
     from bnlib.imagenet.data.folders import open_source
@@ -126,21 +113,17 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
         check_name(arguments.record)
         if (there := arguments.record_root / ACCURACIES / arguments.record).exists():
             raise ValueError(f"{there} is there already; give another name, or remove it")
-    started = time.time()
+    started, paths = time.time(), arguments.checkpoint
     with processes(arguments.device) as group:
-        if not group.first:  # the first process may unpack archives
-            group.barrier()
-        source = open_source(arguments.data, "val")
-        if group.first:
-            group.barrier()
+        # the first process before the others, as it may unpack archives
+        source = group.after_first(lambda: open_source(arguments.data, "val"))
         networks, recipes = zip(*(load_network(path, source) for path in paths), strict=True)
-        if len(counts := {recipe.num_classes for recipe in recipes}) > 1:
-            raise ValueError(f"the networks have {sorted(counts)} classes; one number is needed")
-        if len(sizes := {recipe.image_size for recipe in recipes}) > 1:
-            raise ValueError(
-                f"the networks are for crops of {sorted(sizes)} pixels; one size is needed, as "
-                "every image is cut once for all of them"
-            )
+        for field, message in (
+            ("num_classes", "the networks have {} classes; one number is needed"),
+            ("image_size", "the networks are for crops of {} pixels; one size is needed"),
+        ):
+            if len(found := {getattr(recipe, field) for recipe in recipes}) > 1:
+                raise ValueError(message.format(sorted(found)))
         predicted = predict(
             [each.to(group.device).to(memory_format=torch.channels_last) for each in networks],
             source,
@@ -149,7 +132,7 @@ def _evaluate_all(paths: list[Path], arguments: argparse.Namespace) -> int:
             group=group,
             workers=arguments.workers,
             batch=arguments.batch,
-            progress=True,
+            progress=group.first,
         )
         *scores, together = accuracies(predicted, len(networks), group)
     rows = []

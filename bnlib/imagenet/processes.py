@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["Processes", "processes"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ class Processes:
                 assert layer.running_var is not None
                 self.mean(layer.running_mean)
                 self.mean(layer.running_var)
+
+    def after_first(self, work: Callable[[], T]) -> T:
+        """Do the same work in all processes, in the first one before the others."""
+        if not self.first:
+            self.barrier()
+        result = work()
+        if self.first:
+            self.barrier()
+        return result
 
     def barrier(self) -> None:
         """Wait for all processes, for up to twelve hours: the first may be unpacking archives."""

@@ -8,7 +8,6 @@ paper's Inception is. The same fields give the command-line flags and the JSON f
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -20,7 +19,7 @@ from bnlib.imagenet.fields import option
 from bnlib.inception import BNInception
 from bnlib.runs import check_name
 
-__all__ = ["ENSEMBLE", "RECIPES", "Recipe", "add_arguments", "from_arguments", "recipe"]
+__all__ = ["ENSEMBLE", "RECIPES", "Recipe", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -318,26 +317,6 @@ class Recipe:
                 "it was written by another version of bnlib, or altered"
             )
         return cls(**values)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the parser one flag per field of :class:`Recipe`, such as ``--learning-rate``.
-
-    A flag that is not given leaves no trace in the namespace. Booleans have two flags, such as
-    ``--lrn`` and ``--no-lrn``.
-    """
-    fields.add_arguments(parser, Recipe, "recipe: what is not given stays as the recipe has it")
-
-
-def from_arguments(recipe: Recipe, namespace: argparse.Namespace) -> Recipe:
-    """The recipe with the flags that were given.
-
-    Raises
-    ------
-    ValueError
-        As :class:`Recipe` does.
-    """
-    return recipe.replace(**fields.given(Recipe, namespace))
 
 
 _INCEPTION = Recipe()

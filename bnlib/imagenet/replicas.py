@@ -161,17 +161,13 @@ def population_over_replicas(model: nn.Module, streams: Sequence[Iterable[Any]])
     if not streams:
         raise ValueError("streams is empty; give one stream of mini-batches for each replica")
     found = [population_statistics(copy.deepcopy(model), stream) for stream in streams]
-    for layers in zip(model.modules(), *(each.modules() for each in found), strict=True):
-        target, *replicas = layers
-        if isinstance(target, _BatchNorm):
-            for name, buffer in target.named_buffers(recurse=False):
-                values = [replica.get_buffer(name) for replica in replicas]
-                total = values[0].clone()
-                if buffer.is_floating_point():
-                    for value in values[1:]:
-                        total += value
-                    total /= len(values)
-                buffer.copy_(total)
+    for layer, *replicas in zip(model.modules(), *(each.modules() for each in found), strict=True):
+        if isinstance(layer, _BatchNorm):
+            layer.load_state_dict(replicas[0].state_dict())
+            for name in ("running_mean", "running_var"):
+                # added up from replica 0 on, as nothing else has every bit of two processes
+                total = sum(replica.get_buffer(name) for replica in replicas)
+                layer.get_buffer(name).copy_(total / len(replicas))
     return model
 
 

@@ -10,8 +10,7 @@ import math
 import pytest
 import torch
 
-from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, recipe
-from bnlib.imagenet.recipes import add_arguments, from_arguments
+from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, fields, recipe
 
 ALL = RECIPES | ENSEMBLE
 
@@ -156,9 +155,13 @@ def test_an_unknown_recipe_is_refused_with_the_names_of_the_known() -> None:
         recipe("bn-x31")
 
 
+def from_arguments(base: Recipe, namespace: argparse.Namespace) -> Recipe:
+    return base.replace(**fields.given(Recipe, namespace))
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
-    add_arguments(made)
+    fields.add_arguments(made, Recipe, "recipe")
     return made
 
 

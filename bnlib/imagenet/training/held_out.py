@@ -34,25 +34,9 @@ def evaluate_held_out(
     out: Path,
     options: Options,
 ) -> Accuracy:
-    """Accuracy on the held-out images; writes ``network.pt``. Training is left as it was.
+    """Accuracy of :func:`inference_network` on held-out images; writes it to ``network.pt``.
 
-    Parameters
-    ----------
-    state, stream
-        As for :func:`inference_network`.
-    held_out
-        The images to evaluate on.
-    out
-        The run's folder.
-    options
-        Its ``workers`` and ``eval_batch`` apply.
-
-    Raises
-    ------
-    Diverged
-        If the statistics of the population are not finite.
-    DamagedImage, ValueError
-        If images cannot be read.
+    The state of training is left as it was.
     """
     network = inference_network(state, stream)
     accuracy = evaluate(

@@ -152,9 +152,7 @@ def _is_stop_asked(stop: Stop, state: State) -> bool:
 
 def _open(data: str | Path, split: str, group: Processes) -> Source:
     """The images; the first process opens them before the others, as it may unpack archives."""
-    source = open_source(data, split) if group.first else None
-    group.barrier()
-    return open_source(data, split) if source is None else source
+    return group.after_first(lambda: open_source(data, split))
 
 
 def _check_classes(recipe: Recipe, source: Source, held_out: Source, group: Processes) -> None:

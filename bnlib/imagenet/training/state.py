@@ -135,21 +135,10 @@ class State:
             raise Diverged(step)
 
     def save(self, folder: Path, keep: int, *, raise_on_error: bool) -> None:
-        """Write a checkpoint; every process calls this, the first writes.
+        """Write a checkpoint and keep the last few; every process calls this, the first writes.
 
-        Parameters
-        ----------
-        folder
-            The run's folder.
-        keep
-            How many checkpoints are kept.
-        raise_on_error
-            Whether a checkpoint that cannot be written is an error; else it is logged.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written, as when the disk is full, and ``raise_on_error`` is set.
+        If it cannot be written, as when the disk is full, that is an ``OSError`` with
+        ``raise_on_error``; without, it is logged.
         """
         self.group.mean(self.sums)
         if not self.group.first:
@@ -174,21 +163,14 @@ class State:
             _LOGGER.error("no checkpoint at step %d: %s; the next will try again", self.step, error)
 
     def resume(self, folder: Path, *, adapt: bool) -> None:
-        """Go on from the newest checkpoint, if there is one and it is of this very run.
-
-        Parameters
-        ----------
-        folder
-            The run's folder.
-        adapt
-            Whether to go on although the checkpoint is of another recipe, data set or number of
-            processes.
+        """Go on from the newest checkpoint in the run's folder, if there is one.
 
         Raises
         ------
         CheckpointError
-            If it is of another run, the message lists the differences; if no checkpoint can be
-            read; or if the processes find different ones.
+            If it is of another recipe, data set or number of processes, unless ``adapt`` is set;
+            the message lists the differences. If no checkpoint can be read, or the processes find
+            different ones.
         """
         self._load_checkpoint(folder, adapt)
         steps = torch.tensor([self.step, -self.step], device=self.group.device)
