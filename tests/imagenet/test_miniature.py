@@ -56,6 +56,7 @@ def test_nothing_else_is_changed() -> None:
         "shards",
         "learning_rate",
         "lr_decay_epochs",
+        "statistics_batches",
     }
 
 
