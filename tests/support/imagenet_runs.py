@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -79,20 +79,6 @@ def image_folder(factory: pytest.TempPathFactory) -> Path:
         train(TINY.replace(steps=1), folder, factory.mktemp("warm"), QUIET)
     importlib.import_module("torch._dynamo")  # training in several processes needs it
     return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of images that no test may change."""
-    folder = image_folder(tmp_path_factory)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    yield folder
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tiny_network(monkeypatch)
 
 
 def changed(options: Options = QUIET, **changes: Any) -> Options:
