@@ -57,8 +57,9 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
         Where the images are, for :func:`bnlib.imagenet.data.folders.open_source`.
     out
         The run's folder: ``step-*.pt`` checkpoints, ``network.pt`` (for inference, as last
-        evaluated), ``metrics.jsonl``, ``tensorboard/``, and at the end ``recorded/`` (a recorded
-        run, :mod:`bnlib.runs`).
+        evaluated), ``metrics.jsonl``, ``tensorboard/``, ``data-*.idx`` (the listing of the images,
+        which a resumption does not make again), and at the end ``recorded/`` (a recorded run,
+        :mod:`bnlib.runs`).
     options
         Where and how fast to run it, and what to write.
 
@@ -83,7 +84,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
         lock_run_folder(out) if group.first else contextlib.nullcontext(),
     ):
         _check_machine(recipe, group)
-        source, held_out = _open(data, "train", group), _open(data, "val", group)
+        source, held_out = _open(data, "train", out, group), _open(data, "val", out, group)
         _check_classes(recipe, source, held_out, group)
         if group.device.type == "cuda":  # all mini-batches have one shape: the search pays
             torch.backends.cudnn.benchmark = True
@@ -150,9 +151,10 @@ def _is_stop_asked(stop: Stop, state: State) -> bool:
     return state.group.any_rank(stop.requested)
 
 
-def _open(data: str | Path, split: str, group: Processes) -> Source:
-    """The images; the first process opens them before the others, as it may unpack archives."""
-    return group.after_first(lambda: open_source(data, split))
+def _open(data: str | Path, split: str, out: Path, group: Processes) -> Source:
+    """The images; the first process unpacks and lists them, the others read its index."""
+    index = out / f"data-{split}.idx"
+    return group.after_first(lambda: open_source(data, split, index))
 
 
 def _check_classes(recipe: Recipe, source: Source, held_out: Source, group: Processes) -> None:
