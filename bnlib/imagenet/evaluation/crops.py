@@ -1,8 +1,8 @@
-"""Which parts of a photograph a network looks at: the middle, ten, or GoogLeNet's 144.
+"""Which parts of an image a network looks at: the middle, ten, or GoogLeNet's 144.
 
 The 144 (Szegedy et al., 2015, section 7; the paper uses them in section 4.2.3): the shorter side is
 resized to 256, 288, 320 and 352 pixels; of each, the left, middle and right square is taken (top,
-middle and bottom of an upright photograph); of each square, the four corners and the middle at
+middle and bottom of an upright image); of each square, the four corners and the middle at
 224 x 224 and the whole square resized to 224 x 224; and each of these also mirrored: 4 x 3 x 6 x 2.
 
 For another crop size the four sizes keep their proportion to it: 8, 9, 10 and 11 sevenths.
@@ -43,17 +43,17 @@ def _five(size: int, side: int) -> list[tuple[int, int]]:
 
 
 def views(width: int, height: int, size: int, crops: int) -> list[View]:
-    """The crops of a photograph, in a fixed order.
+    """The crops of an image, in a fixed order.
 
     Parameters
     ----------
     width, height
-        Of the photograph, pixels.
+        Of the image, pixels.
     size
         Height and width of a crop, pixels.
     crops
         1: the middle, with the shorter side 8/7 of ``size``.  10: there, the four corners and the
-        middle of the photograph, and their mirror images.  144: GoogLeNet's.
+        middle of the image, and their mirror images.  144: GoogLeNet's.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def cropped(image: Tensor, size: int, crops: int) -> list[Tensor]:
     -------
     list of torch.Tensor
         uint8 (3, size, size) each. A crop that occurs more than once, as GoogLeNet's three squares
-        of a photograph that is itself square, is one tensor at several places of the list.
+        of an image that is itself square, is one tensor at several places of the list.
     """
     height, width = image.shape[1:]
     resized: dict[int, Tensor] = {}
