@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 from typing import Any
 
 import torch
@@ -143,9 +144,8 @@ class BNInception(nn.Module):
         channels = second.conv3x3
         self.inception = nn.ModuleDict()
         for row in repaired(pool_proj_4cd, width):
-            self.inception[row.type] = Inception(
-                row, channels, last_conv if row.type == "5b" else conv
-            )
+            own_conv = last_conv if row.type == "5b" else conv
+            self.inception[row.type] = Inception(row, channels, own_conv)
             channels = row.output[1]
 
         self.num_features = channels
@@ -183,10 +183,9 @@ class BNInception(nn.Module):
         -------
         list of torch.Tensor
             (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
-            (N, 1024, H/32, W/32); 608 and 1024 with ``pool_proj_4cd=128``; another ``width``
-            changes the channels.  An odd size is halved
-            downward by the stem's poolings (strides 4 and 8) and upward elsewhere.  With
-            ``stem_stride=4`` the strides are 2, 2, 4, 8 and 16.
+            (N, 1024, H/32, W/32); 608 in the place of 576 with ``pool_proj_4cd=128``; scaled by
+            ``width``.  The stem's poolings (strides 4 and 8) round an odd size down, all else
+            rounds it up.  With ``stem_stride=4`` the strides are 2, 2, 4, 8 and 16.
         """
         stride2, stride4 = self._stem(x)
         return [stride2, stride4] + self._inception_modules(self.pool2(stride4))  # noqa: RUF005
@@ -254,7 +253,7 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {options[name]}; it must be at least {least}")
     for name in ("width", "eps", "init_scale"):
         value = options[name]
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} is {value!r}; it must be a positive, finite number")
     if not 0 <= options["dropout"] < 1:
         raise ValueError(f"dropout is {options['dropout']}; it must be from 0 to below 1")
