@@ -1,4 +1,4 @@
-"""Photographs to normalized mini-batches, images a second on one core: ours against torchvision.
+"""Images to normalized mini-batches, images a second on one core: ours against torchvision.
 
     python benchmarks/data_path.py [--data FOLDER] [--repeats 12] [--size 224] [--quick]
 
@@ -7,13 +7,15 @@ Three ways from files to float32 mini-batches of 32 are timed in turn, in one pr
 * ``torchvision``: ImageFolder with PIL, v2's RandomResizedCrop, RandomHorizontalFlip, ToImage,
   ToDtype, Normalize, and a DataLoader;
 * ``folder``: ``bnlib.imagenet.data.loader.batches`` on the same files;
-* ``packed``: the same on a copy that ``bnlib.imagenet.data.pack`` made with its default settings.
+* ``packed``: the same on an Arrow copy that ``bnlib.imagenet.data.pack`` made with its default
+  settings.
 
 Crops are drawn from the same distribution in all three; photometric distortions are off, as
-torchvision has none here, and are then timed in ours. Without --data the photographs are made from
+torchvision has none here, and are then timed in ours. Without --data the images are made from
 the two that scikit-learn bundles: random parts of them, enlarged to 500x375, with noise, about
 110 KB each as ImageNet's are. Printed are medians of the ratios of neighboring repeats, of
-processor time. ``decoding`` is what TorchCodec alone needs for the pixels of the same files.
+processor time. ``decoding`` is what TorchCodec alone needs for the pixels of the same files;
+``reading``, what their bytes and labels take, in microseconds an image.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ from bnlib.imagenet.data.decode import decode, decoder
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.pack import pack
+from bnlib.imagenet.data.source import Source
 from bnlib.imagenet.recipes import recipe
 
 BATCH = 32
+READS = 1000
 
 
-def make_photographs(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs as large as ImageNet's, in ``folder/train/<class>``."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -96,6 +100,11 @@ def decode_all(images: list[bytes]) -> None:
         decode(data)
 
 
+def read_all(source: Source, indices: list[int]) -> None:
+    for index in indices:
+        source[index]
+
+
 def seconds(make: Callable[[], Any], count: int) -> float:
     start = time.process_time()
     for _ in range(count):
@@ -113,9 +122,9 @@ def main() -> None:
     repeats = 2 if arguments.quick else arguments.repeats
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.data or Path(scratch) / "photographs"
+        folder = arguments.data or Path(scratch) / "images"
         if arguments.data is None:
-            make_photographs(folder, 64 if arguments.quick else 192)
+            make_images(folder, 64 if arguments.quick else 192)
         pack(folder, Path(scratch) / "packed", splits=("train",), workers=1, progress=False)
         compare(folder, Path(scratch) / "packed", arguments.size, repeats)
 
@@ -131,13 +140,16 @@ def compare(folder: Path, packed: Path, size: int, repeats: int) -> None:
     distorted = plain.replace(photometric=1.0)
     theirs = torchvision_batches(folder, size)
     ways: dict[str, Callable[[], Any]] = {"torchvision": lambda: next(theirs)}
+    rng = np.random.default_rng(0)
     for name, source in sources.items():
+        reading_order = rng.integers(len(source), size=READS).tolist()
         few = [source[index].data for index in np.linspace(0, len(source) - 1, BATCH, dtype=int)]
         ways[name] = partial(next, batches(source, plain))
         ways[f"{name}, distorted"] = partial(next, batches(source, distorted))
         ways[f"{name}, decoding"] = partial(decode_all, few)
+        ways[f"{name}, reading"] = partial(read_all, source, reading_order)
         kilobytes = sum(map(len, few)) / BATCH / 1000
-        print(f"{name}: {len(source)} photographs of {kilobytes:.0f} KB on average")
+        print(f"{name}: {len(source)} images of {kilobytes:.0f} KB on average")
     for make in ways.values():
         make()
     times = [{name: seconds(make, 2) for name, make in ways.items()} for _ in range(repeats)]
@@ -146,6 +158,10 @@ def compare(folder: Path, packed: Path, size: int, repeats: int) -> None:
         f"repeats of {2 * BATCH} images each"
     )
     for name in ways:
+        if name.endswith("reading"):
+            each = statistics.median(row[name] for row in times) / (2 * READS)
+            print(f"{name:>20}: {1e6 * each:6.1f} microseconds an image")
+            continue
         rate = 2 * BATCH / statistics.median(row[name] for row in times)
         ratio = statistics.median(row["torchvision"] / row[name] for row in times)
         print(f"{name:>20}: {rate:6.0f} img/s a core, {ratio:.2f} times torchvision")

@@ -1,12 +1,12 @@
 """Training crops, flips and photometric distortions: functions of (seed, epoch, index).
 
-The crops are GoogLeNet's: 8 to 100% of the photograph's area, aspect ratio from 3/4 to 4/3. The
+The crops are GoogLeNet's: 8 to 100% of the image's area, aspect ratio from 3/4 to 4/3. The
 photometric distortions are Howard's (2013): brightness, contrast and color, each by a factor from
 0.5 to 1.5, in a random order. The paper reduces them with batch normalization and does not say by
 how much (section 4.2.1).
 
 Each distortion is linear in the pixels, so that the three together are one 3x3 matrix and one
-shift per photograph. They are applied to a whole mini-batch at once, where the network is.
+shift per image. They are applied to a whole mini-batch at once, where the network is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ATTEMPTS = 10
 
 
 class Box(NamedTuple):
-    """A rectangle in a photograph, in pixels."""
+    """A rectangle in an image, in pixels."""
 
     left: int
     top: int
@@ -42,7 +42,7 @@ class Box(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What is done to one photograph.
+    """What is done to one image.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Augmentation(NamedTuple):
     order
         The order of brightness (0), contrast (1) and color (2).
     factors
-        The factors of brightness, contrast and color; 1 leaves the photograph as it is.
+        The factors of brightness, contrast and color; 1 leaves the image as it is.
     """
 
     box: Box
@@ -72,35 +72,35 @@ def training_crop(
 ) -> Box:
     """GoogLeNet's random crop.
 
-    The area is uniform between ``min_area`` and 1 of the photograph's, the logarithm of the aspect
+    The area is uniform between ``min_area`` and 1 of the image's, the logarithm of the aspect
     ratio uniform between those of 1 / ``max_aspect`` and ``max_aspect`` (GoogLeNet names the
     limits, not the distributions), the place uniform among those that fit. If ten such draws do not
-    fit into the photograph, the crop is its middle: all of it if its own aspect ratio is allowed,
+    fit into the image, the crop is its middle: all of it if its own aspect ratio is allowed,
     else the largest part with the nearest allowed one.
 
     Parameters
     ----------
     width, height
-        Of the photograph, pixels.
+        Of the image, pixels.
     rng
         The random numbers.
     min_area
-        Smallest area, a fraction of the photograph's.
+        Smallest area, a fraction of the image's.
     max_aspect
         Greatest ratio of width to height; the smallest is its inverse.
 
     Returns
     -------
     Box
-        Inside the photograph, at least one pixel.
+        Inside the image, at least one pixel.
 
     Raises
     ------
     ValueError
-        If the photograph has no pixels.
+        If the image has no pixels.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"a photograph of {width}x{height} pixels cannot be cropped")
+        raise ValueError(f"an image of {width}x{height} pixels cannot be cropped")
     for area, aspect, x, y in rng.random((ATTEMPTS, 4)).tolist():
         pixels = (min_area + area * (1 - min_area)) * width * height
         ratio = max_aspect ** (2 * aspect - 1)
@@ -128,9 +128,9 @@ def draw(
     Parameters
     ----------
     width, height
-        Of the photograph, pixels.
+        Of the image, pixels.
     seed, epoch, index
-        What the random numbers depend on, with the photograph's size.
+        What the random numbers depend on, with the image's size.
     photometric
         Strength of the distortions: factors from 1 - strength / 2 to 1 + strength / 2.
     min_area, max_aspect
@@ -146,9 +146,9 @@ def draw(
 
 
 def distort(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Photometric distortions of a mini-batch, each photograph by its own.
+    """Photometric distortions of a mini-batch, each image by its own.
 
-    Brightness multiplies. Contrast moves every value away from the photograph's mean gray, color
+    Brightness multiplies. Contrast moves every value away from the image's mean gray, color
     every pixel away from its own gray value. What leaves 0 to 255 is cut off, once, at the end.
 
     Parameters

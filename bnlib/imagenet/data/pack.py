@@ -93,7 +93,7 @@ def pack(
     workers: int | None = None,
     verify: bool = True,
     progress: bool = True,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Write a smaller copy of a data set; continue one that was interrupted.
 
     Parameters
@@ -114,6 +114,11 @@ def pack(
         Whether to read everything again afterwards and compare it with its checksums.
     progress
         Whether to draw a progress bar, in a terminal.
+
+    Returns
+    -------
+    dict
+        What ``pack.json`` says about each split's files: sha256, number of images, damaged images.
 
     Raises
     ------
@@ -141,10 +146,13 @@ def pack(
             "take their place; choose another destination"
         )
     settings = {"shorter_side": shorter_side, "quality": quality}
+    packed = {}
     for split, source in opened.items():
-        _pack_split(_Files(source, folders[split], settings), workers, progress)
+        files = _Files(source, folders[split], settings)
+        packed[split] = _pack_split(files, workers, progress)
         if verify:
-            _verify(folders[split])
+            _verify(folders[split], packed[split])
+    return packed
 
 
 class _Files(Dataset[dict[str, Any]]):
@@ -152,21 +160,19 @@ class _Files(Dataset[dict[str, Any]]):
 
     def __init__(self, source: Source, folder: Path, settings: dict[str, int]) -> None:
         self.source, self.folder, self.settings = source, folder, settings
-        self.first = range(0, len(source), IMAGES_PER_FILE)  # the first image of each file
         self.features = hub.image_features(source.classes)
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"data-{number:05}-of-{len(self.first):05}.arrow"
-
-    def indices(self, number: int) -> range:
-        first = self.first[number]
-        return range(first, min(first + self.first.step, len(self.source)))
+        indices = range(len(source))
+        parts = [indices[first : first + IMAGES_PER_FILE] for first in indices[::IMAGES_PER_FILE]]
+        self.images = {
+            f"data-{number:05}-of-{len(parts):05}.arrow": part for number, part in enumerate(parts)
+        }
+        self.names = list(self.images)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         damaged: dict[str, str] = {}
         unreadable = 0
-        for index in self.indices(number):
+        for index in self.images[self.names[number]]:
             name = self.source.name(index).encode(errors="backslashreplace").decode()
             try:
                 data, label, _ = self.source[index]
@@ -182,48 +188,42 @@ class _Files(Dataset[dict[str, Any]]):
                 continue
             rows.append({"image": {"bytes": data, "path": None}, "label": label, "file_name": name})
         content = hub.arrow_stream(rows, self.features)
-        write_atomically(self.path(number), content)
+        write_atomically(self.folder / self.names[number], content)
         checksum = hashlib.sha256(content).hexdigest()
         return {"sha256": checksum, "images": len(rows), "damaged": damaged}
 
 
-def _pack_split(files: _Files, workers: int, progress: bool) -> None:
-    """Write what is missing of a split."""
-    folder, source, numbers = files.folder, files.source, range(len(files.first))
-    state = _begun(
-        folder,
-        {
-            **files.settings,
-            "images_per_file": files.first.step,
-            "source": source.fingerprint(),
-        },
-    )
+def _pack_split(files: _Files, workers: int, progress: bool) -> dict[str, Any]:
+    """Write what is missing of a split; the notes about all its files."""
+    folder, total = files.folder, len(files.source)
+    plan = {**files.settings, "images_per_file": IMAGES_PER_FILE}
+    state = _begun(folder, {**plan, "source": files.source.fingerprint()})
+    notes: dict[str, Any] = state["files"]
     if (folder / "dataset_info.json").exists():
-        return
+        return notes
     for left_over in folder.glob(".*.tmp"):
         left_over.unlink()
-    notes = state["files"]
-    to_do = numbers[len(notes) :]  # files are noted in their order
-    written = Workers(
-        files, to_do, min(workers, len(to_do)) if workers > 1 else 0, torch.device("cpu")
-    )
+    missing = range(len(notes), len(files.names))  # files are noted in their order
+    processes = min(workers, len(missing)) if workers > 1 else 0
+    written = Workers(files, missing, processes, torch.device("cpu"))
     with tqdm(
-        total=len(source),
-        initial=sum(len(files.indices(number)) for number in numbers[: len(notes)]),
+        total=total,
+        initial=min(len(notes) * IMAGES_PER_FILE, total),
         desc=f"packing {folder.name}",
         unit="img",
         disable=None if progress else True,
     ) as bar:
-        for number in to_do:
-            notes[files.path(number).name] = next(written)
+        for name in files.names[len(notes) :]:
+            notes[name] = next(written)
             write_atomically(folder / "pack.json", _json(state))
-            bar.update(len(files.indices(number)))
-    damaged = {name: reason for note in notes.values() for name, reason in note["damaged"].items()}
-    if len(damaged) == len(source):
-        raise SourceError(f"none of the {len(damaged)} images for {folder} can be decoded")
-    table = "".join(f"{name}\t{reason}\n" for name, reason in damaged.items())
-    write_atomically(folder / "damaged.tsv", f"name\treason\n{table}".encode())
-    hub.make_data_set(folder, list(notes), files.features)
+            bar.update(len(files.images[name]))
+    if not any(note["images"] for note in notes.values()):
+        raise SourceError(f"none of the {total} images for {folder} can be decoded")
+    damaged = [row for note in notes.values() for row in note["damaged"].items()]
+    table = "".join(f"{name}\t{reason}\n" for name, reason in [("name", "reason"), *damaged])
+    write_atomically(folder / "damaged.tsv", table.encode())
+    hub.make_data_set(folder, files.names, files.features)
+    return notes
 
 
 def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +246,9 @@ def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, notes: dict[str, Any]) -> None:
     """Read everything and compare it with the checksums."""
-    for name, note in json.loads((folder / "pack.json").read_text())["files"].items():
+    for name, note in notes.items():
         with (folder / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != note["sha256"]:
@@ -290,18 +290,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=True,
         help="read everything again and compare it with its checksums",
     )
-    arguments = parser.parse_args(argv)
-    options = vars(arguments)
+    options = vars(parser.parse_args(argv))
     source, destination = options.pop("source"), options.pop("destination")
     try:
-        pack(source, destination, **options)
-        for split in arguments.splits:
-            folder = Path(destination).expanduser() / split
-            notes = json.loads((folder / "pack.json").read_text())["files"].values()
-            images = sum(note["images"] for note in notes)
-            damaged = sum(len(note["damaged"]) for note in notes)
+        for split, notes in pack(source, destination, **options).items():
+            images = sum(note["images"] for note in notes.values())
+            damaged = sum(len(note["damaged"]) for note in notes.values())
             note = f", {damaged} damaged ones left out (damaged.tsv)" if damaged else ""
-            print(f"{folder}: {images} images{note}")
+            print(f"{Path(destination).expanduser() / split}: {images} images{note}")
     except (SourceError, ValueError) as error:
         print(f"pack: {error}", file=sys.stderr)
         return 1

@@ -173,7 +173,7 @@ TINY = Path(os.environ.get("BNLIB_DATA", "")) / "tiny-imagenet-100" / "val.tar"
 
 
 @pytest.mark.skipif(not TINY.is_file(), reason="set BNLIB_DATA to a folder with tiny-imagenet-100")
-def test_real_photographs_pass_through_the_whole_path(tmp_path: Path) -> None:
+def test_real_images_pass_through_the_whole_path(tmp_path: Path) -> None:
     with tarfile.open(TINY) as archive:
         members = [entry for entry in archive.getmembers() if entry.isfile()][:400]
         archive.extractall(tmp_path, members, filter="data")
