@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["table"]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
-    """An HTML table that scrolls sideways on a narrow page.
+def table(data: Any, columns: Sequence[str] | None = None) -> Any:
+    """A DataFrame as an HTML table that scrolls sideways on a narrow page.
 
     Parameters
     ----------
-    head
-        The columns' headings, as HTML.
-    rows
-        The cells, as HTML; each row as long as ``head``.
+    data, columns
+        As for ``pandas.DataFrame``: a frame, or rows and the columns' headings. Text, in the
+        headings too, is HTML.
 
     Returns
     -------
@@ -26,17 +25,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     Raises
     ------
     ValueError
-        If a row is longer or shorter than the head.
+        If a row is longer or shorter than the headings.
     """
+    import pandas as pd
     from IPython.display import HTML
 
-    lines = []
-    for row in rows:
-        if len(row) != len(head):
-            raise ValueError(f"a row has {len(row)} cells, the head {len(head)}: {list(row)}")
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
-    header = "".join(f"<th>{cell}</th>" for cell in head)
-    return HTML(
-        f'<div class="bn-scroll"><table class="bn-table"><thead><tr>{header}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    frame = pd.DataFrame(data, columns=columns)
+    with pd.option_context("display.max_colwidth", None):
+        page = frame.to_html(index=False, escape=False, border=0, justify="left")
+    page = page.replace('class="dataframe"', 'class="bn-table"', 1)
+    return HTML(f'<div class="bn-scroll">{page}</div>')
