@@ -31,7 +31,10 @@ from bnlib.imagenet import ENSEMBLE, RECIPES, Recipe, checkpoint, recipe
 from bnlib.imagenet.options import Options
 from bnlib.imagenet.training.log import read_metrics
 
-SCALE = "--image-size 32 --num-classes 3 --batch-size 4 --shards 6 --device cpu".split()
+SCALE = (
+    "--width 0.25 --image-size 32 --num-classes 3 --batch-size 4 --shards 6 --device cpu".split()
+)
+SCALED = ("width", "image_size", "num_classes", "batch_size", "shards", "statistics_batches")
 QUIET = "--eval-every 0 --statistics-batches 2 --log-every 1 --keep 1 --no-tensorboard".split()
 
 
@@ -120,8 +123,8 @@ def test_torchrun_trains_with_two_processes_and_goes_on_after_a_kill(
     assert process.wait(180) == FINISHED, log.read_text()
     assert f"resumed at step {reached} of 12" in log.read_text()
 
-    scale = {name: getattr(SMALL, name) for name in ("image_size", "num_classes", "batch_size")}
-    member = recipe("bn-x30-member-3").replace(**scale, shards=SMALL.shards, steps=12)
+    scale = {name: getattr(SMALL, name) for name in SCALED}
+    member = recipe("bn-x30-member-3").replace(**scale, steps=12)
     assert finished(*ranks(2, member, data, [whole], changed())) == [0, 0]
     assert_same_end(out, whole)
     shutil.rmtree(tmp_path)

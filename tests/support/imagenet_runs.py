@@ -27,7 +27,7 @@ from bnlib.imagenet.options import Options
 from bnlib.imagenet.training.loop import train
 
 SMALL = recipe("bn-x5").replace(
-    image_size=32, num_classes=3, batch_size=4, steps=8, shards=6, statistics_batches=2
+    width=0.25, image_size=32, num_classes=3, batch_size=4, steps=8, shards=6, statistics_batches=2
 )
 TINY = SMALL.replace(dropout=0.3, polyak=0.9, seed=5, learning_rate=0.05)
 QUIET = Options(
