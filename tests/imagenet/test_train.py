@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from bnlib import population_statistics, runs
 from bnlib.imagenet import RECIPES, Recipe, checkpoint, recipe
-from bnlib.imagenet.data.folders import open_source
+from bnlib.imagenet.data.folders import FolderSource, open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.evaluation.accuracy import evaluate, load_network
 from bnlib.imagenet.evaluation.inference import predict
@@ -339,6 +339,22 @@ def test_without_normalization_two_processes_learn_what_one_learns(
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
     losses = [[row["loss"] for row in rows(tmp_path / name, "loss")] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_resumption_neither_lists_the_images_again_nor_looks_at_their_sizes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(TINY.replace(steps=4), data, tmp_path, QUIET)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the images are listed again")
+
+    monkeypatch.setattr(FolderSource, "_list", refuse)
+    monkeypatch.setattr(FolderSource, "_names_and_sizes", refuse)
+    assert train(TINY, data, tmp_path, changed(adapt=True)).finished
+    with pytest.raises(AssertionError, match="listed again"):
+        train(TINY, data, tmp_path / "another", QUIET)
 
 
 # Divergence
