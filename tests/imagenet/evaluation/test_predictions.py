@@ -202,6 +202,4 @@ def test_networks_for_other_crops_make_no_ensemble(
     torch.save(state, tmp_path / "network.pt")
     both = [str(trained[0]), str(tmp_path)]
     assert main(["ensemble", *both, "--data", str(data), "--device", "cpu"]) == FAILED
-    assert (
-        "image_size of the networks is [32, 48]; it must be one for all" in capsys.readouterr().err
-    )
+    assert "for crops of [32, 48] pixels; one size is needed" in capsys.readouterr().err
