@@ -103,8 +103,10 @@ class Encoded:
 
     Attributes
     ----------
-    width, height
+    width
         Pixels, after the rotation that its Exif data asks for.
+    height
+        Pixels, as the width.
     is_ordinary_jpeg
         Whether the file is a gray or RGB JPEG that is not to be rotated: any decoder reads it.
 
@@ -143,6 +145,9 @@ class Encoded:
 
     def decode(self) -> Tensor:
         """All pixels: uint8 (3, height, width), RGB.
+
+        Gray and CMYK become RGB; 16 bits become 8; transparent pixels are laid on white; an
+        animation gives its first frame; the rotation that Exif data asks for is made.
 
         Raises
         ------
@@ -226,30 +231,7 @@ class Encoded:
 
 
 def decode(data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The pixels of an image file.
-
-    Gray and CMYK become RGB; 16 bits become 8; transparent pixels are laid on white; an animation
-    gives its first frame; the rotation that Exif data asks for is made.
-
-    Parameters
-    ----------
-    data
-        The whole file.
-    name
-        For errors.
-    max_pixels
-        Images with more pixels are refused; at most ``MAX_PIXELS``.
-
-    Returns
-    -------
-    torch.Tensor
-        uint8 (3, H, W), RGB.
-
-    Raises
-    ------
-    DamagedImage
-        If the image cannot be decoded.
-    """
+    """The pixels of an image file: :meth:`Encoded.decode` of an :class:`Encoded`."""
     return Encoded(data, name, max_pixels=max_pixels).decode()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bnlib.imagenet.data.decode import DamagedImage, Encoded, decoder
-from bnlib.imagenet.data.source import Source
+from bnlib.imagenet.data.source import Source, SourceError
 
 __all__ = ["Batch", "SkippedImages", "Workers", "read_example", "to_float"]
 
@@ -32,8 +32,10 @@ class Batch(NamedTuple):
         uint8 (N, 3, H, W), RGB.
     labels
         int64 (N,).
-    order, factors
-        Of the photometric distortions, as :func:`bnlib.imagenet.data.augment.distort` takes them.
+    order
+        Of the photometric distortions, as :func:`bnlib.imagenet.data.augment.distort` takes it.
+    factors
+        Theirs, as the same function takes them.
     damaged
         The damaged images that were met: from name to reason.
     """
@@ -64,8 +66,8 @@ def _start_worker(_: int) -> None:
 
 
 class _Returning(Dataset[T | Exception]):
-    """Returns an exception as a value: raised in a worker, it would reach the main process with
-    another message, and some as another exception."""
+    """Returns what is wrong with images and disks as a value: raised in a worker, it would reach the
+    main process as another error or with another message."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset
@@ -73,7 +75,7 @@ class _Returning(Dataset[T | Exception]):
     def __getitem__(self, item: int) -> T | Exception:
         try:
             return self.dataset[item]
-        except Exception as error:
+        except (DamagedImage, SourceError, OSError) as error:
             error.add_note(f"In the process that prepares item {item}:\n{format_exc()}")
             return error
 

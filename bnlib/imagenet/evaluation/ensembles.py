@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["SMALLEST", "Interval", "arithmetic_mean", "geometric_mean", "paired_bootstrap"]
 
-#: The smallest recorded probability whose logarithm is taken: one that was rounded to zero would
+#: The smallest recorded probability whose logarithm is taken, as one that was rounded to zero would
 #: have an infinite log loss.
 SMALLEST = 1e-12
 _AT_ONCE = 4_000_000  # random indices that are drawn at once
