@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -166,46 +166,6 @@ class Run:
             for name, values in self.columns.items()
         }
         return pd.DataFrame({**labels, **recorded})
-
-    def table(self, value: str, rows: str, columns: str) -> Table:
-        """One column spread over two others, such as accuracy over seed and step.
-
-        Parameters
-        ----------
-        value, rows, columns
-            Column names; every pair of a ``rows`` and a ``columns`` entry must occur once.
-
-        Returns
-        -------
-        Table
-            Sorted row labels, sorted column labels, and the values, ``(rows, columns)``.
-
-        Raises
-        ------
-        ValueError
-            If a pair is missing or occurs twice.
-        """
-        row_labels, row = np.unique(self[rows], return_inverse=True)
-        column_labels, column = np.unique(self[columns], return_inverse=True)
-        counts = np.zeros((len(row_labels), len(column_labels)), dtype=int)
-        np.add.at(counts, (row, column), 1)
-        if (counts != 1).any():
-            i, j = np.argwhere(counts != 1)[0]
-            raise ValueError(
-                f"{rows}={row_labels[i]:g}, {columns}={column_labels[j]:g} occurs {counts[i, j]} "
-                "times; choose rows with where() so that every pair occurs once"
-            )
-        values = np.empty(counts.shape)
-        values[row, column] = self[value]
-        return Table(row_labels, column_labels, values)
-
-
-class Table(NamedTuple):
-    """A column of a run, spread over two others."""
-
-    rows: np.ndarray
-    columns: np.ndarray
-    values: np.ndarray
 
 
 def data_folder() -> Path:

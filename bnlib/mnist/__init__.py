@@ -8,9 +8,9 @@ from bnlib.mnist.experiment import (
     both,
     build,
     grid,
-    mini_batches,
     train,
 )
+from bnlib.mnist.stacks import mini_batches
 
 __all__ = [
     "PERCENTILES",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bnlib.mnist import digits, stacks
+from bnlib.mnist.stacks import mini_batches
 from bnlib.modules import BatchNorm
 from bnlib.population import population_statistics
 
@@ -123,7 +124,7 @@ class History:
         ``(S, T)``: mean cross-entropy in nats over the steps since the last evaluation; NaN at
         step 0, and from the step at which a network diverged; from there on it answers at chance.
     percentiles
-        ``(S, T, 3, units)``: the :data:`PERCENTILES` of the input to each sigmoid of the last
+        ``(S, T, 3, units)``: the ``PERCENTILES`` of the input to each sigmoid of the last
         hidden layer, over the first 2,000 test images.
     inputs
         ``(S, T, 2000, units)`` in half precision, those inputs themselves; None unless kept.
@@ -190,6 +191,8 @@ def train(
     bnlib.mnist.digits.DataError
         If the data set cannot be had.
     """
+    from tqdm import tqdm
+
     data = digits.load(config.dataset)
     if networks is None:
         networks = [Network(seed, config.learning_rate, config.weight_std) for seed in config.seeds]
@@ -204,7 +207,7 @@ def train(
     evaluations = [*range(0, config.steps, config.evaluate_every), config.steps]
     loss, diverged = torch.full((len(networks),), torch.nan), torch.zeros(len(networks)).bool()
     done = 0
-    for until in _tracked(evaluations, progress):
+    for until in tqdm(evaluations, unit="evaluation", mininterval=5, disable=not progress):
         if until:
             loss = stacks.train(model, batches, steps=until - done, learning_rate=rate).mean(0)
             loss[diverged] = torch.nan
@@ -258,49 +261,6 @@ def build(config: Figure1, networks: Sequence[Network], *, inputs: int) -> nn.Se
             ):
                 weight.normal_(std=network.weight_std, generator=generator)
     return model
-
-
-def mini_batches(
-    images: Tensor, labels: Tensor, size: int, seeds: Sequence[int], *, stream: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless mini-batches, each seed in an order of its own, each epoch without replacement.
-
-    Parameters
-    ----------
-    images, labels
-        ``(N, inputs)`` float32 and ``(N,)`` int64.
-    size
-        Examples a mini-batch, at most ``N``. What remains of an epoch is left out.
-    seeds
-        One per network.
-    stream
-        Another number gives an independent order for the same seeds.
-
-    Yields
-    ------
-    x, labels
-        ``(S, size, inputs)`` and ``(S, size)``. ``x`` is overwritten by the next one. In memory
-        it lies as ``(size, S * inputs)``, the layout of :mod:`bnlib.mnist.stacks`.
-    """
-    count = len(images)
-    if size > count:
-        raise ValueError(f"a mini-batch of {size} cannot be drawn from {count} examples")
-    generators = [torch.Generator().manual_seed((stream + 1) * 1_000_003 + seed) for seed in seeds]
-    x = torch.empty(len(seeds) * size, images.shape[1])
-    while True:
-        order = torch.stack([torch.randperm(count, generator=each) for each in generators])
-        for start in range(0, count - size + 1, size):
-            chosen = order[:, start : start + size]
-            torch.index_select(images, 0, chosen.T.flatten(), out=x)
-            yield x.view(size, len(seeds), -1).transpose(0, 1), labels[chosen]
-
-
-def _tracked(items: Sequence[int], progress: bool) -> Any:
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, unit="evaluation", mininterval=5)
 
 
 @torch.no_grad()

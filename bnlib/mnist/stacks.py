@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StackedLinear", "accuracy", "predict", "stacked_perceptron", "train"]
+__all__ = ["StackedLinear", "accuracy", "mini_batches", "predict", "stacked_perceptron", "train"]
 
 
 class StackedLinear(nn.Module):
@@ -137,6 +137,41 @@ def stacked_perceptron(
     return nn.Sequential(*layers)
 
 
+def mini_batches(
+    images: Tensor, labels: Tensor, size: int, seeds: Sequence[int], *, stream: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless mini-batches, each seed in an order of its own, each epoch without replacement.
+
+    Parameters
+    ----------
+    images, labels
+        ``(N, inputs)`` float32 and ``(N,)`` int64.
+    size
+        Examples a mini-batch, at most ``N``. What remains of an epoch is left out.
+    seeds
+        One per network.
+    stream
+        Another number gives an independent order for the same seeds.
+
+    Yields
+    ------
+    x, labels
+        ``(S, size, inputs)`` and ``(S, size)``. ``x`` is overwritten by the next one. In memory
+        it lies as ``(size, S * inputs)``, the layout of a stack.
+    """
+    count = len(images)
+    if size > count:
+        raise ValueError(f"a mini-batch of {size} cannot be drawn from {count} examples")
+    generators = [torch.Generator().manual_seed((stream + 1) * 1_000_003 + seed) for seed in seeds]
+    x = torch.empty(len(seeds) * size, images.shape[1])
+    while True:
+        order = torch.stack([torch.randperm(count, generator=each) for each in generators])
+        for start in range(0, count - size + 1, size):
+            chosen = order[:, start : start + size]
+            torch.index_select(images, 0, chosen.T.flatten(), out=x)
+            yield x.view(size, len(seeds), -1).transpose(0, 1), labels[chosen]
+
+
 def train(
     model: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
@@ -153,7 +188,7 @@ def train(
         counts channels, or networks. It is left in training mode.
     batches
         Yields ``x`` of shape ``(S, m, inputs)`` and labels ``(S, m)``, as
-        :func:`bnlib.mnist.mini_batches` does.
+        :func:`mini_batches` does.
     steps
         Steps to take.
     learning_rate

@@ -53,19 +53,6 @@ def test_where_keeps_the_rows_that_match_every_condition(recorded):
     assert run["accuracy"].tolist() == [0.123457]
 
 
-def test_a_table_spreads_one_column_over_two_others(recorded):
-    table = runs.read("figure1", "slow", root=recorded).table("accuracy", "seed", "step")
-    assert table.rows.tolist() == [0, 1]
-    assert table.columns.tolist() == [0, 10]
-    np.testing.assert_array_equal(table.values, [[0.1, 0.123457], [np.nan, 1.0]])
-
-
-def test_a_table_refuses_a_pair_that_does_not_occur_exactly_once(recorded):
-    run = runs.read("figure1", "slow", root=recorded)
-    with pytest.raises(ValueError, match=r"step=0.*occurs 2\s+times"):
-        run.table("accuracy", "step", "step")
-
-
 def test_a_frame_has_one_row_an_observation_and_the_recorded_columns(recorded):
     frame = runs.read("figure1", "slow", root=recorded).frame(run="slow", repeat=3)
     assert frame.columns.tolist() == ["run", "repeat", "seed", "step", "accuracy", "network"]
@@ -75,6 +62,12 @@ def test_a_frame_has_one_row_an_observation_and_the_recorded_columns(recorded):
     assert [frame[name].dtype.kind for name in ("seed", "step", "accuracy")] == ["i", "i", "f"]
     np.testing.assert_array_equal(frame["accuracy"], [0.1, 0.123457, np.nan, 1.0])
     assert frame["network"].tolist() == ["bn", "bn", "plain", "plain"]
+
+
+def test_a_frame_can_be_spread_over_two_of_its_columns(recorded):
+    frame = runs.read("figure1", "slow", root=recorded).frame()
+    table = frame.pivot(index="seed", columns="step", values="accuracy")
+    np.testing.assert_array_equal(table, [[0.1, 0.123457], [np.nan, 1.0]])
 
 
 def test_a_frame_refuses_a_label_that_is_a_recorded_column(recorded):

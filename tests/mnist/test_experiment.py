@@ -202,7 +202,9 @@ def test_every_recording_can_be_made_and_read_back(
         assert run["step"].max() == 10
         assert run.manifest["configuration"]["normalize"] == name.endswith("-bn")
     slow = runs.read(mnist_recordings.EXPERIMENT, "slow-bn", root=tmp_path)
-    assert slow.table("p50", rows="seed", columns="step").values.shape == (2, 6)
+    table = slow.frame().pivot(index="seed", columns="step", values="p50")
+    assert table.index.tolist() == [0, 1]
+    assert table.columns.tolist() == [0, 2, 4, 6, 8, 10]
 
 
 @pytest.mark.skipif(
