@@ -66,8 +66,8 @@ def _start_worker(_: int) -> None:
 
 
 class _Returning(Dataset[T | Exception]):
-    """Returns what is wrong with images and disks as a value: raised in a worker, it would reach the
-    main process as another error or with another message."""
+    """Returns what is wrong with images and disks as a value: raised in a worker, it would reach
+    the main process as another error or with another message."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset
