@@ -1,12 +1,12 @@
 """Training crops, flips and photometric distortions: functions of (seed, epoch, index).
 
 The crops are GoogLeNet's: 8 to 100% of the image's area, aspect ratio from 3/4 to 4/3. The
-photometric distortions are Howard's (2013): brightness, contrast and color, each by a factor from
-0.5 to 1.5, in a random order. The paper reduces them with batch normalization and does not say by
-how much (section 4.2.1).
+photometric distortions are Howard's (2013): brightness, contrast and color, each multiplied by a
+factor from 0.5 to 1.5, in a random order. The paper reduces them with batch normalization and does
+not say by how much (section 4.2.1).
 
-Each distortion is linear in the pixels, so that the three together are one 3x3 matrix and one
-shift per image. They are applied to a whole mini-batch at once, where the network is.
+Each distortion is affine in the pixels, so that the three together are one 3x3 matrix and one shift
+per image. They are applied to a whole mini-batch at once, where the network is.
 """
 
 from __future__ import annotations

@@ -65,37 +65,38 @@ class HubSource(Source):
             )
         names = getattr(features[label], "names", None)
         self.classes = list(names or map(str, range(int(self.labels.max()) + 1)))
-        self._names = None
-        if features.get(NAME_COLUMN) == datasets.Value("string"):
-            self._names = dataset.select_columns([NAME_COLUMN])
-        column = dataset.select_columns([image])
-        self._rows = column.cast_column(image, datasets.Image(decode=False))
+        self._named = features.get(NAME_COLUMN) == datasets.Value("string")
+        rows = dataset.select_columns([image, NAME_COLUMN] if self._named else [image])
+        self._rows = rows.cast_column(image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
         """The image's own name if the data set has names, else the split and the row's number."""
-        if self._names is None:
+        if not self._named:
             return f"{self.location}[{index}]"
-        return str(self._names[int(index)][NAME_COLUMN])
+        return str(self._rows[int(index)][NAME_COLUMN])
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[int(index)][self._image] or {}
-        data = row.get("bytes")
+        row = self._rows[int(index)]
+        image = row[self._image] or {}
+        data = image.get("bytes")
         if data is None:
-            if row.get("path") is None:
+            if image.get("path") is None:
                 raise OSError(f"row {index} of {self.location} holds no image")
-            data = Path(row["path"]).read_bytes()
-        return Example(data, int(self.labels[index]), self.name(index))
+            data = Path(image["path"]).read_bytes()
+        name = row[NAME_COLUMN] if self._named else self.name(index)
+        return Example(data, int(self.labels[index]), name)
 
     def _names_and_sizes(self) -> Iterable[tuple[str, int]]:
         import pyarrow.compute as pc
 
-        names: Iterable[str] = map(self.name, range(len(self)))
+        if self._named:
+            names = self._rows.select_columns([NAME_COLUMN])[:][NAME_COLUMN]
+        else:
+            names = map(self.name, range(len(self)))
         if self._rows._indices is not None:  # a selection of rows: no cheap way
             return zip(names, (len(self[index].data) for index in range(len(self))), strict=True)
         column = self._rows.data.column(self._image)
         sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), 0)
-        if self._names is not None:
-            names = map(str, self._names[:][NAME_COLUMN])
         return zip(names, sizes.to_pylist(), strict=True)
 
 

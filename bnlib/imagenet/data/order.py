@@ -1,6 +1,6 @@
 """The order of the training examples: which example comes when, as a function of the seed.
 
-Nothing here remembers anything, so a resumed run sees the batches that it would have seen.
+Nothing here has a state, so a resumed run sees the batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def generator(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.ran
 class Order:
     """The order of the examples in every epoch, with the paper's two ways of shuffling.
 
-    Large data sets lie in shards: files of some thousand examples that are read from end to end.
-    Which example lies in which shard, and where in it, is decided once, at random.
+    Large data sets are stored in shards: files of some thousand examples that are read from end to
+    end. Which example is in which shard, and where in it, is drawn once, at random.
 
-    Without within-shard shuffling an epoch visits the shards in a new order and reads each as it
-    lies: examples that are neighbors once are neighbors in every epoch, so that mostly the same
+    Without within-shard shuffling an epoch visits the shards in a new order and reads each as it is
+    stored: examples that are neighbors once are neighbors in every epoch, so that mostly the same
     ones meet in a mini-batch. With it the examples of a shard are shuffled too. Batch normalization
     makes an example's output depend on the others in its mini-batch, and gains from meeting new
     ones: about 1% in validation accuracy (section 4.2.1).
