@@ -46,23 +46,7 @@ MAX_UNREADABLE = 10  # files of a thousand that cannot be opened; more, and the 
 
 
 def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
-    """An image as the packed copy stores it.
-
-    Parameters
-    ----------
-    data
-        The encoded image.
-    name
-        For errors.
-    shorter_side
-        Pixels; an image whose shorter side has fewer keeps its size.
-    quality
-        JPEG quality as libjpeg counts, 1 to 100.
-
-    Returns
-    -------
-    bytes
-        A JPEG.
+    """An image as the packed copy stores it: a JPEG. The numbers are those of :func:`pack`.
 
     Raises
     ------
