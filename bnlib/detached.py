@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnlib._core.channels import center, check_input
+from bnlib._core.channels import check_input
+from bnlib._core.formulas import center
 from bnlib.whitening import whitening_matrix
 
 __all__ = ["KINDS", "Norm", "SplitGradient", "live", "norm", "split_gradient"]
@@ -121,8 +122,9 @@ class Norm(nn.Module):
         its own statistics, taken as constants; with None, the first mini-batch serves for ever,
         which is frozen batch normalization.
     replicas
-        ``S`` networks side by side, as in :mod:`bnlib.mnist.stacks`: the activations are ``(m, S * d)``
-        and each group of d is whitened for itself. A group that is no longer finite stays so.
+        ``S`` networks side by side, as in :mod:`bnlib.mnist.stacks`: the activations are
+        ``(m, S * d)``, and each group of d is whitened for itself. A group that is no longer finite
+        stays so.
 
     Raises
     ------

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib._core.autograd import InferenceTransform, TrainingTransform
+from bnlib._core import autograd, formulas
 from bnlib._core.channels import (
     batch_axes,
-    center,
     check_eps,
     check_input,
     check_like,
@@ -27,7 +26,6 @@ from bnlib._core.channels import (
     check_vector,
     count,
     per_channel,
-    wide_dtype,
 )
 
 __all__ = [
@@ -128,14 +126,7 @@ def batch_norm_with_statistics(
         mini-batch both are zero.
     """
     _check_training(x, gamma, beta, eps)
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula better than the blocks
-        result = batch_norm_forward(x, gamma, beta, eps)
-        return result.y, result.mean.detach(), result.var.detach()
-    if x.numel() == 0:
-        nothing = x.new_zeros(x.shape[1], dtype=wide_dtype(x.dtype))
-        return _scale_and_shift(x, gamma, beta).to(x.dtype), nothing, nothing.clone()
-    y, pivot, residual, var, _ = TrainingTransform.apply(x, *_defaults(x, gamma, beta), eps)
-    return y, residual if pivot is None else pivot + residual, var
+    return autograd.train(x, gamma, beta, eps)
 
 
 def batch_norm_forward(
@@ -155,12 +146,9 @@ def batch_norm_forward(
         ``x``.
     """
     _check_training(x, gamma, beta, eps)
-    centered, mean = center(x)  # mu_B and x - mu_B
-    var = centered.square().mean(batch_axes(x))  # sigma_B^2
-    inv_std = torch.rsqrt(var + eps)
-    x_hat = centered * per_channel(inv_std, x)
-    y = _scale_and_shift(x_hat, gamma, beta)
-    return BatchNormForward(y.to(x.dtype), x_hat, mean, var, inv_std)
+    x_hat, *statistics = formulas.normalize(x, eps)
+    y = formulas.scale_and_shift(x_hat, gamma, beta).to(x.dtype)
+    return BatchNormForward(y, x_hat, *statistics)
 
 
 def batch_norm_backward(
@@ -201,14 +189,7 @@ def batch_norm_backward(
     check_like(grad_y, "grad_y", x_hat, "x_hat")
     check_vector(inv_std, "inv_std", x_hat, "x_hat")
     check_vector(gamma, "gamma", x_hat, "x_hat")
-    axes, m = batch_axes(x_hat), max(count(x_hat), 1)
-    g = grad_y.to(x_hat.dtype)
-    grad_gamma = (g * x_hat).sum(axes)
-    grad_beta = g.sum(axes)
-    scale = inv_std if gamma is None else gamma * inv_std
-    along_x_hat = x_hat * per_channel(grad_gamma / m, x_hat)
-    grad_x = per_channel(scale, x_hat) * (g - per_channel(grad_beta / m, x_hat) - along_x_hat)
-    return BatchNormGradients(grad_x.to(grad_y.dtype), grad_gamma, grad_beta)
+    return BatchNormGradients(*formulas.derivative(grad_y, x_hat, inv_std, gamma))
 
 
 def batch_norm_backward_steps(
@@ -237,13 +218,13 @@ def batch_norm_backward_steps(
     _check_training(x, gamma, None, eps)
     check_like(grad_y, "grad_y", x, "x")
     axes, m = batch_axes(x), max(count(x), 1)
-    centered, _ = center(x)  # x_i - mu_B
+    centered, _ = formulas.center(x)  # x_i - mu_B
     root = torch.sqrt(centered.square().mean(axes) + eps)  # sqrt(sigma_B^2 + eps)
     std = per_channel(root, x)
     g = grad_y.to(centered.dtype)  # dl/dy_i
 
     # dl/dx_hat_i = dl/dy_i gamma
-    grad_x_hat = _scale_and_shift(g, gamma, None)
+    grad_x_hat = formulas.scale_and_shift(g, gamma, None)
     # dl/dsigma_B^2 = sum_i dl/dx_hat_i (x_i - mu_B) (-1/2) (sigma_B^2 + eps)^(-3/2)
     grad_var = (grad_x_hat * centered).sum(axes) * -0.5 * root**-3
     # dl/dmu_B = (sum_i dl/dx_hat_i (-1) / sqrt(sigma_B^2 + eps))
@@ -305,15 +286,9 @@ def batch_norm_inference(
     check_eps(eps)
     for vector, name in ((mean, "mean"), (var, "var"), (gamma, "gamma"), (beta, "beta")):
         check_vector(vector, name, x)
-    if torch.compiler.is_compiling():
-        scale = torch.rsqrt(var + eps)
-        centered = (x.to(wide_dtype(x.dtype)) - per_channel(mean, x)) * per_channel(scale, x)
-        return _scale_and_shift(centered, gamma, beta).to(x.dtype)
-    check_population(mean, var)
-    if x.numel() == 0:
-        return _scale_and_shift(x, gamma, beta).to(x.dtype)
-    result: Tensor = InferenceTransform.apply(x, mean, var, *_defaults(x, gamma, beta), eps)
-    return result
+    if not torch.compiler.is_compiling():
+        check_population(mean, var)
+    return autograd.infer(x, mean, var, gamma, beta, eps)
 
 
 def _check_training(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> None:
@@ -322,17 +297,3 @@ def _check_training(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: f
     check_eps(eps)
     check_vector(gamma, "gamma", x)
     check_vector(beta, "beta", x)
-
-
-def _defaults(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = wide_dtype(x.dtype)
-    return (
-        x.new_ones(x.shape[1], dtype=dtype) if gamma is None else gamma,
-        x.new_zeros(x.shape[1], dtype=dtype) if beta is None else beta,
-    )
-
-
-def _scale_and_shift(x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    """``gamma * x_hat + beta``: the last line of Algorithm 1."""
-    y = x_hat if gamma is None else x_hat * per_channel(gamma, x_hat)
-    return y if beta is None else y + per_channel(beta, x_hat)

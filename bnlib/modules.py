@@ -107,23 +107,26 @@ class BatchNorm(_BatchNorm):
                 f"x of shape {tuple(x.shape)} has {x.shape[1]} channels on axis 1, but this layer "
                 f"was made for num_features={self.num_features}"
             )
-        return self._transform(x)
+        return self._transform(x, self.weight, self.bias, self.running_mean, self.running_var)
 
-    def _transform(self, x: Tensor) -> Tensor:
-        gamma, beta, mean, var = (
-            None if t is None else t.view(-1)
-            for t in (self.weight, self.bias, self.running_mean, self.running_var)
-        )
+    def _transform(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> Tensor:
+        """Normalize with vectors of shape (C,), and move the running ``mean`` and ``var``."""
         if not self.training and mean is not None and var is not None:
             return batch_norm_inference(x, mean, var, gamma, beta, self.eps)
         y, batch_mean, batch_var = batch_norm_with_statistics(x, gamma, beta, self.eps)
         m = count(x)
         tracks = self.training and self.track_running_stats and m > 0
         if tracks and mean is not None and var is not None:
-            with torch.no_grad():
-                weight = self._weight_of_new_value(mean)
-                mean.lerp_(batch_mean.to(mean.dtype), weight)
-                var.lerp_((batch_var * (m / (m - 1))).to(var.dtype), weight)
+            weight = self._weight_of_new_value(mean)
+            mean.lerp_(batch_mean.to(mean.dtype), weight)
+            var.lerp_((batch_var * (m / (m - 1))).to(var.dtype), weight)
         return y
 
     def _weight_of_new_value(self, mean: Tensor) -> float | Tensor:
@@ -205,7 +208,11 @@ class PerActivationBatchNorm(BatchNorm):
                 f"x is {given}, but this layer was made for feature_shape={self.feature_shape}: "
                 f"x must be a tensor of shape (N, {', '.join(map(str, self.feature_shape))})"
             )
-        return self._transform(x.flatten(1)).view(x.shape)
+        vectors = (
+            None if t is None else t.view(-1)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        return self._transform(x.flatten(1), *vectors).view(x.shape)
 
     def extra_repr(self) -> str:
         """The arguments, as ``repr`` shows them."""

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib._core.channels import center, check_input
+from bnlib._core.channels import check_input
+from bnlib._core.formulas import center
 
 __all__ = ["METHODS", "Whitening", "whiten", "whitening_matrix"]
 

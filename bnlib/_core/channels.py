@@ -9,7 +9,6 @@ from torch import Tensor
 
 __all__ = [
     "batch_axes",
-    "center",
     "check_eps",
     "check_input",
     "check_like",
@@ -24,9 +23,9 @@ __all__ = [
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def batch_axes(x: Tensor) -> list[int]:
+def batch_axes(x: Tensor) -> tuple[int, ...]:
     """Every axis but 1: the batch and the pixels."""
-    return [axis for axis in range(x.ndim) if axis != 1]
+    return (0, *range(2, x.ndim))
 
 
 def count(x: Tensor) -> int:
@@ -36,26 +35,12 @@ def count(x: Tensor) -> int:
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """``values``, of shape (C,), shaped to be broadcast along axis 1 of ``x``."""
-    return values.reshape(-1, *[1] * (x.ndim - 2))
+    return values if x.ndim == 2 else values.view(-1, *[1] * (x.ndim - 2))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: float32 for the half-precision types, else the type itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def center(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x - mean`` in the wide type, and the mean of each channel; differentiable in ``x``.
-
-    The mean of large values is rounded to a few digits after the point.  What the rounding left is
-    the mean of the centered values, and is taken off them; this is what keeps x = 1e6 + noise
-    sound.  Subtracting the first, rounded mean as a constant changes no derivative.
-    """
-    wide = x.to(wide_dtype(x.dtype))
-    rounded = wide.detach().mean(batch_axes(x))
-    centered = wide - per_channel(rounded, x)
-    left = centered.mean(batch_axes(x))
-    return centered - per_channel(left, x), rounded + left
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
@@ -124,20 +109,18 @@ def check_population(mean: Tensor, var: Tensor) -> None:
     """Refuse statistics that no data can have, where a look at the values costs nothing."""
     if var.device.type != "cpu":
         return
-    try:
-        sound = bool((mean.isfinite() & var.isfinite() & (var >= 0)).all())
-    except RuntimeError:  # values that cannot be looked at: under torch.func.vmap, or fake tensors
-        return
-    if not sound:
-        for name, values in (("mean", ~mean.isfinite()), ("var", ~(var.isfinite() & (var >= 0)))):
-            if bool(values.any()):
-                channel = int(values.int().argmax())
-                value = float((mean if name == "mean" else var)[channel])
-                raise ValueError(
-                    f"{name} of channel {channel} is {value}; population statistics must be "
-                    "finite, and variances not negative. Estimate them anew, for example with "
-                    "bnlib.population_statistics"
-                )
+    for name, values, least in (("mean", mean, -math.inf), ("var", var, 0.0)):
+        try:
+            lowest, highest = map(float, values.detach().aminmax())
+        except RuntimeError:  # without values; or under torch.func.vmap, or of fake tensors
+            continue
+        if not (math.isfinite(lowest) and math.isfinite(highest) and lowest >= least):
+            channel = int((values.isfinite() & (values >= least)).int().argmin())
+            raise ValueError(
+                f"{name} of channel {channel} is {float(values[channel])}; population statistics "
+                "must be finite, and variances not negative. Estimate them anew, for example with "
+                "bnlib.population_statistics"
+            )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """The arithmetic of batch normalization in as few trips to memory as tensor operations allow.
 
-What is traded: ``bnlib.functional`` says the same in the paper's words and is the place to read.
-This file computes it for ``batch_norm`` in a fifth of the time, by three devices.  What remains
+What is traded: ``bnlib._core.formulas`` says the same in few lines and is the place to read.  This
+file computes it for large tensors in a fifth of the time, by three devices.  What remains
 against one fused kernel is that each operation passes over a block once more: nine passes in all,
 where a kernel needs four (``benchmarks/batch_norm.py`` measures both).
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bnlib._core.channels import wide_dtype
 
-__all__ = ["Gradients", "Moments", "affine", "gradients", "moments", "pivot"]
+__all__ = ["Moments", "affine", "gradients", "moments", "pivot"]
 
 _BLOCK = 2**18  # elements of a block, for each thread; 2**16 to 2**19 measure much alike
 _SAFE_RATIO = 64.0
@@ -42,14 +42,6 @@ class Moments(NamedTuple):
     pivot: Tensor | None
     residual: Tensor
     var: Tensor
-
-
-class Gradients(NamedTuple):
-    """Derivatives of the loss with respect to x, gamma and beta."""
-
-    x: Tensor
-    gamma: Tensor
-    beta: Tensor
 
 
 def moments(x: Tensor) -> Moments:
@@ -97,8 +89,8 @@ def gradients(
     residual: Tensor,
     inv_std: Tensor,
     gamma: Tensor,
-) -> Gradients:
-    """The compact derivative.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The compact derivative, with respect to x, gamma and beta.
 
     With ``x_hat = (d - residual) * inv_std`` and ``d = x - pivot``, the derivative with respect to
     x, ``gamma * inv_std * (g - mean(g) - x_hat * mean(g * x_hat))``, is ``slope * d + level +
@@ -127,7 +119,7 @@ def gradients(
             total.add_(torch.mul(g, scale, out=other))
         if target.dtype != wide:
             target.copy_(total)
-    return Gradients(result, grad_gamma, grad_beta)
+    return result, grad_gamma, grad_beta
 
 
 def _sums(rows: Tensor, pivot: Tensor | None, other: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,18 @@ import shutil
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+from bnlib._core import autograd
 from bnlib.functional import batch_norm, batch_norm_forward, batch_norm_inference
+
+
+@pytest.fixture(params=["formulas", "kernels"])
+def computed_by(request, monkeypatch):
+    """The formulas, or the kernels whatever the size of the tensor."""
+    if request.param == "kernels":
+        monkeypatch.setattr(autograd, "SMALL", 0)
+
 
 SHAPES = [(4, 3), (3, 2, 4), (2, 3, 2, 3), (2, 2, 2, 1, 3)]
 
@@ -26,12 +35,14 @@ def plain(x, gamma, beta, eps=1e-5):
     return batch_norm_forward(x, gamma, beta, eps).y
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_first_derivatives_pass_gradcheck_in_both_modes(shape):
     tensors = [t.requires_grad_() for t in inputs(shape)]
     assert gradcheck(batch_norm, tensors, check_forward_ad=True, check_batched_grad=True)
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 def test_second_derivatives_pass_gradgradcheck_with_random_upstream_gradients(shape, eps):
@@ -46,6 +57,7 @@ def test_second_derivatives_pass_gradgradcheck_with_random_upstream_gradients(sh
     )
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_second_derivatives_are_right_when_only_one_input_wants_them(wanted):
     tensors = list(inputs((5, 3, 2)))
@@ -61,6 +73,7 @@ def test_second_derivatives_are_right_when_only_one_input_wants_them(wanted):
         torch.testing.assert_close(closed, reference, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_a_third_derivative_is_neither_refused_nor_wrong():
     tensors = [t.requires_grad_() for t in inputs((6, 2, 3))]
     directions = [[torch.randn_like(t) for t in tensors] for _ in range(2)]
@@ -77,12 +90,14 @@ def test_a_third_derivative_is_neither_refused_nor_wrong():
         torch.testing.assert_close(closed, reference, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_a_uniform_upstream_gradient_gives_no_gradient_to_x():
     x, gamma, beta = (t.requires_grad_() for t in inputs((6, 3, 4)))
     grad = torch.autograd.grad(batch_norm(x, gamma, beta).sum(), x)[0]
     torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_inference_passes_gradcheck_and_gradgradcheck_in_every_tensor(shape):
     x, mean, var, gamma, beta = inputs(shape, 5)
@@ -91,6 +106,7 @@ def test_inference_passes_gradcheck_and_gradgradcheck_in_every_tensor(shape):
     assert gradgradcheck(batch_norm_inference, tensors, check_batched_grad=True)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_vmap_is_a_loop():
     x, gamma = torch.randn(5, 4, 3, 2), torch.randn(5, 3)
     looped = torch.stack([batch_norm(a, b) for a, b in zip(x, gamma, strict=True)])
@@ -121,12 +137,49 @@ def test_functional_transforms_compose():
     torch.testing.assert_close(each, looped)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_changing_x_in_place_before_the_backward_pass_is_an_error():
     x = torch.randn(4, 3)
     y = batch_norm(x, torch.ones(3, requires_grad=True))
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_changing_y_in_place_is_fine():
+    x = torch.randn(4, 3, requires_grad=True)
+    got, want = (torch.relu_(batch_norm(x)), torch.relu(batch_norm(x)))
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
+
+
+@pytest.mark.usefixtures("computed_by")
+def test_forward_mode_passes_through_tensors_that_want_no_gradient():
+    x, mean, var, gamma, beta = inputs((5, 3, 2), 5)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        trained = forward_ad.unpack_dual(batch_norm(dual, gamma, beta)).tangent
+        inferred = batch_norm_inference(dual, mean, var.square() + 0.1, gamma, beta)
+        inferred = forward_ad.unpack_dual(inferred).tangent
+    want = torch.autograd.functional.jvp(lambda x: plain(x, gamma, beta), x, tangent)[1]
+    torch.testing.assert_close(trained, want)
+    scale = gamma * (var.square() + 0.1 + 1e-5).rsqrt()
+    torch.testing.assert_close(inferred, tangent * scale[:, None])
+
+
+def test_no_gradient_from_above_is_none_below():
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(4, 3, requires_grad=True)
+    Nothing.apply(batch_norm(x)).sum().backward()
+    assert x.grad is None
 
 
 needs_compiler = pytest.mark.skipif(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bnlib._core import kernels as _kernels
+from bnlib._core import autograd, kernels
 from bnlib.functional import (
     batch_norm,
     batch_norm_backward,
@@ -13,15 +13,23 @@ from bnlib.functional import (
     batch_norm_with_statistics,
 )
 
+
+@pytest.fixture(params=[None, 2**12, 2**18], ids=["formulas", "blocks", "one block"])
+def computed_by(request, monkeypatch):
+    """The formulas, or the kernels whatever the size of the tensor."""
+    if request.param is not None:
+        monkeypatch.setattr(autograd, "SMALL", 0)
+        monkeypatch.setattr(kernels, "_BLOCK", request.param)
+
+
 TRAINING = [batch_norm, lambda *a: batch_norm_forward(*a).y]
 
 
 @pytest.mark.parametrize("transform", TRAINING)
 @pytest.mark.parametrize("mean", [0.0, 30.0, 1e3, 1e6, -1e6])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("block", [2**12, 2**18])
-def test_a_large_mean_costs_no_precision(transform, mean, channels_last, block, monkeypatch):
-    monkeypatch.setattr(_kernels, "_BLOCK", block)
+@pytest.mark.usefixtures("computed_by")
+def test_a_large_mean_costs_no_precision(transform, mean, channels_last):
     # float32 near 1e6 has a step of 1/16; the reference sees the same rounded values
     x = (torch.randn(16, 3, 40, 50, generator=torch.manual_seed(0)) + mean).requires_grad_()
     if channels_last:
@@ -45,6 +53,7 @@ def test_one_example_unlike_the_rest_costs_no_precision(rolled):
     torch.testing.assert_close(batch_norm(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e15, 1e18])
 def test_magnitudes_at_both_ends_of_float32_stay_finite(size):
     x = torch.randn(64, 4, generator=torch.manual_seed(0)) * size + 300 * size
@@ -53,6 +62,7 @@ def test_magnitudes_at_both_ends_of_float32_stay_finite(size):
     torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 12345.678])
 def test_a_constant_channel_becomes_beta_and_gets_no_gradient(value):
     x = torch.randn(6, 3, 5)
@@ -67,6 +77,7 @@ def test_a_constant_channel_becomes_beta_and_gets_no_gradient(value):
     torch.testing.assert_close(grad[:, 1], torch.zeros(6, 5), rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", [torch.float32, None])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, parameters):
@@ -81,6 +92,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, parameter
     torch.testing.assert_close(y, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_under_autocast_statistics_stay_in_float32():
     x = torch.randn(16, 4, 9) * 10 + 1000
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -103,6 +115,7 @@ def test_nothing_in_nothing_out(shape):
     assert fixed.shape == shape
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_the_result_keeps_the_memory_format_and_the_arguments_their_values():
     x = torch.randn(4, 3, 5, 6).contiguous(memory_format=torch.channels_last)
     before = x.clone()
@@ -112,6 +125,7 @@ def test_the_result_keeps_the_memory_format_and_the_arguments_their_values():
     assert batch_norm(sequence).stride() == sequence.stride()
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_infinite_and_missing_values_show_in_their_channel_alone():
     x = torch.randn(8, 3, 4)
     x[0, 1, 0] = float("nan")
