@@ -29,6 +29,7 @@ class Options:
     compile: bool = option(False, "torch.compile the network; this changes rounding only")
     workers: int = option(2, "processes that prepare mini-batches", ge=0)
     eval_every: int = option(10_000, "steps between evaluations; 0 for none before the end", ge=0)
+    eval_at: str = option("", "further steps to evaluate after, such as '250 500 1000'")
     eval_batch: int = option(100, "images of an evaluation batch", ge=1)
     save_every: int = option(2000, "steps between checkpoints", ge=1)
     keep: int = option(3, "checkpoints that are kept", ge=1)
@@ -42,3 +43,7 @@ class Options:
     def __post_init__(self) -> None:
         fields.check(self)
         check_name(self.experiment)
+        if not all(step.isdecimal() for step in self.eval_at.split()):
+            raise ValueError(
+                f"eval_at is {self.eval_at!r}; it must be steps with spaces between them"
+            )

@@ -1,9 +1,10 @@
-"""The paper's networks in miniature: what is scaled, and that runs are recorded once."""
+"""The fair trial: what is scaled, how rates are searched, and that runs are recorded once."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -13,86 +14,159 @@ from images import write_folder
 from bnlib import runs
 from bnlib.imagenet import RECIPES
 from bnlib.imagenet.data.source import SourceError
-from bnlib.imagenet.evaluation.crops import CROPS
-from bnlib.imagenet.evaluation.predictions import read_probabilities, run_name
-from bnlib.imagenet.miniature import ABLATION, Miniature, main, prepare
+from bnlib.imagenet.miniature import main, prepare
+from bnlib.imagenet.recipes import Recipe
+from bnlib.imagenet.trial import CHANGES, PARTS, SEARCHED, Trial
 
-IMAGES, CLASSES = 10_000, 20
-SMALL = Miniature()
+IMAGES, CLASSES = 8000, 20
+TRIAL = Trial(seeds=2)
+BEST = {"inception": 0.012, "bn-baseline": 0.024, "bn-x5": 0.06, "bn-x5-sigmoid": 0.03}
 
 
-def test_the_ratios_between_learning_rates_are_the_papers() -> None:
-    rates = {
-        name: SMALL.scaled(each, IMAGES, CLASSES).learning_rate for name, each in RECIPES.items()
+def record(root: Path, recipe: Recipe, accuracy: float, verdict: str = "finished") -> None:
+    """A made-up recording of a run that ended with that accuracy."""
+    columns = {
+        "step": [recipe.steps],
+        "part": ["held out"],
+        "cross_entropy_nats": [1.0],
+        "top1": [accuracy],
+        "top5": [1.0],
     }
-    assert rates["inception"] == rates["bn-baseline"] == pytest.approx(SMALL.rate)
-    assert rates["bn-x5"] == pytest.approx(5 * SMALL.rate)
-    assert rates["bn-x30"] == pytest.approx(30 * SMALL.rate)
+    runs.write(
+        TRIAL.experiment,
+        recipe.name,
+        columns,
+        configuration={"recipe": dataclasses.asdict(recipe)},
+        seed=recipe.seed,
+        dataset={"name": "made up", "sha256": ""},
+        started="",
+        duration_s=0.0,
+        verdict=verdict,
+        root=root,
+    )
 
 
-def test_the_rate_falls_as_far_as_the_papers_does_over_six_million_steps() -> None:
-    full, small = RECIPES["bn-x5"], SMALL.scaled(RECIPES["bn-x5"], IMAGES, CLASSES)
+def search(root: Path, best: dict[str, float]) -> list[Recipe]:
+    """Play a search to its end: the accuracy falls with the distance from the best rate."""
+    made = []
+    while found := TRIAL.search(IMAGES, CLASSES, root):
+        for recipe in found:
+            network = next(n for n in best if recipe.name.startswith(f"search-{n}-steps"))
+            distance = abs(math.log(recipe.learning_rate / best[network]))
+            record(root, recipe, 0.5 - 0.1 * distance)
+        made += found
+    return made
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    search(root, BEST)
+    return root
+
+
+@pytest.mark.parametrize("network", ["inception", "bn-x5", "bn-x30"])
+def test_the_rate_falls_over_a_run_as_far_as_the_papers_does(network: str) -> None:
+    full, small = RECIPES[network], TRIAL.scaled(RECIPES[network], IMAGES, CLASSES)
+    longer = TRIAL.scaled(RECIPES[network], IMAGES, CLASSES, steps=3 * small.steps)
     fallen = [
         recipe.learning_rate_at(recipe.steps - 1, images / 32) / recipe.learning_rate
-        for recipe, images in ((full, 1_281_167), (small, IMAGES))
+        for recipe, images in ((full, 1_281_167), (small, IMAGES), (longer, IMAGES))
     ]
-    assert fallen[0] == pytest.approx(fallen[1], rel=0.05)
-    slow = SMALL.scaled(RECIPES["inception"], IMAGES, CLASSES)
-    assert slow.lr_decay_epochs == pytest.approx(6 * small.lr_decay_epochs)
+    assert fallen[0] == pytest.approx(fallen[1], rel=0.05) == pytest.approx(fallen[2], rel=0.05)
+
+
+def test_inception_trains_five_times_as_long_as_the_changed_networks() -> None:
+    steps = {name: TRIAL.scaled(each, IMAGES, CLASSES).steps for name, each in RECIPES.items()}
+    assert steps["inception"] == steps["bn-baseline"] == 5 * steps["bn-x5"]
+    assert steps["bn-x5"] == steps["bn-x30"] == steps["bn-x5-sigmoid"]
 
 
 def test_nothing_else_is_changed() -> None:
-    small = SMALL.scaled(RECIPES["bn-x30"], IMAGES, CLASSES)
+    small = TRIAL.scaled(RECIPES["bn-x30"], IMAGES, CLASSES)
     differing = {
         field.name
         for field in dataclasses.fields(small)
         if getattr(small, field.name) != getattr(RECIPES["bn-x30"], field.name)
     }
-    assert differing == {
-        "image_size",
-        "stem_stride",
-        "num_classes",
-        "steps",
-        "shards",
-        "learning_rate",
-        "lr_decay_epochs",
-        "statistics_batches",
-    }
+    assert differing == set(
+        "width image_size stem_stride num_classes steps shards lr_decay_epochs "
+        "statistics_batches".split()
+    )
 
 
-def test_each_ablation_takes_one_change_back() -> None:
-    base, full = (SMALL.scaled(RECIPES[name], IMAGES, CLASSES) for name in ("bn-baseline", "bn-x5"))
-    assert len(ABLATION) == 7
+def test_a_run_is_evaluated_often_enough_to_see_a_ratio_of_two_hundred() -> None:
+    steps = TRIAL.evaluated_at(50_000)
+    assert steps[0] == 250
+    assert steps[-1] == 50_000
+    ratios = [later / earlier for earlier, later in itertools.pairwise(steps)]
+    assert max(ratios) < 1.45
+    assert TRIAL.evaluated_at(100) == [100]
+
+
+@pytest.mark.parametrize("factor", [1, 1 / 8, 8])
+def test_the_search_finds_the_best_rate_wherever_it_lies(tmp_path: Path, factor: float) -> None:
+    best = {name: rate * factor for name, rate in BEST.items()}
+    made = search(tmp_path, best)
+    assert {recipe.seed for recipe in made} == {100}
+    for network, rate in best.items():
+        found = TRIAL.best_rate(network, tmp_path)
+        assert max(found / rate, rate / found) < 1.5
+        full = TRIAL.steps(RECIPES[network])
+        own = [recipe for recipe in made if recipe.name.startswith(f"search-{network}-steps")]
+        rates = sorted(recipe.learning_rate for recipe in own if recipe.steps == full // 10)
+        assert rates[0] < found < rates[-1], "the best is inside the grid"
+        assert sum(recipe.steps == full // 4 for recipe in own) == 2
+
+
+def test_a_rate_at_which_a_network_diverged_is_not_chosen(tmp_path: Path) -> None:
+    for recipe in TRIAL.search(IMAGES, CLASSES, tmp_path):
+        fails = recipe.learning_rate > RECIPES["bn-x5"].learning_rate
+        record(
+            tmp_path, recipe, 0.9 if fails else 0.1, "diverged at step 1" if fails else "finished"
+        )
+    lower = [r for r in TRIAL.search(IMAGES, CLASSES, tmp_path) if "bn-x5-steps" in r.name]
+    assert max(recipe.learning_rate for recipe in lower) < 4 * RECIPES["bn-x5"].learning_rate
+
+
+def test_without_a_search_no_rate_is_made_up(tmp_path: Path) -> None:
+    with pytest.raises(runs.RunError, match="run the search first"):
+        list(TRIAL.arms(IMAGES, CLASSES, tmp_path))
+
+
+def test_arm_a_has_the_papers_relations_and_arm_b_each_networks_own_best(searched: Path) -> None:
+    rates = {r.name: r.learning_rate for r in TRIAL.arms(IMAGES, CLASSES, searched)}
+    best = {network: TRIAL.best_rate(network, searched) for network in SEARCHED}
+    base = rates["a-inception-seed-0"]
+    assert base == rates["a-bn-baseline-seed-0"] == pytest.approx(best["inception"])
+    assert rates["a-bn-x5-seed-0"] == rates["a-bn-x5-sigmoid-seed-1"] == pytest.approx(5 * base)
+    assert rates["a-bn-x30-seed-1"] == pytest.approx(30 * base)
+    for network in ("bn-baseline", "bn-x5", "bn-x5-sigmoid"):
+        assert rates[f"b-{network}-seed-1"] == best[network]
+    assert "b-inception-seed-0" not in rates
+
+
+def test_each_ablation_takes_one_change_back(searched: Path) -> None:
+    full = next(r for r in TRIAL.arms(IMAGES, CLASSES, searched) if r.name == "b-bn-x5-seed-0")
     seen = set()
-    for recipe in Miniature(seeds=1).ablation(IMAGES, CLASSES):
-        changed = {
+    for recipe in Trial(seeds=1).ablation(IMAGES, CLASSES, searched):
+        (field,) = {
             field.name
             for field in dataclasses.fields(recipe)
             if getattr(recipe, field.name) != getattr(full, field.name)
         } - {"name"}
-        (name,) = changed
-        assert getattr(recipe, name) == getattr(base, name)
-        seen.add(name)
-    assert len(seen) == 7
+        seen.add(field)
+    assert seen == set(CHANGES.values())
+    assert len(CHANGES) == 7
 
 
-def test_all_recipes_and_members_have_names_of_their_own() -> None:
-    names = [
-        recipe.name
-        for plan in (SMALL.sweep, SMALL.networks, SMALL.ablation, SMALL.members)
-        for recipe in plan(IMAGES, CLASSES)
-    ]
-    assert len(names) == len(set(names)) == 5 + 7 * 3 + 7 * 3 + 6
-
-
-def test_a_sweep_without_numbers_is_refused() -> None:
-    for rates in ("", "0.1 fast", "0.1 -1"):
-        with pytest.raises(ValueError, match="rates is"):
-            Miniature(rates=rates)
+def test_all_runs_have_names_of_their_own(searched: Path) -> None:
+    names = [r.name for part in PARTS.values() for r in part(TRIAL, IMAGES, CLASSES, searched)]
+    assert len(names) == len(set(names)) == 2 * (5 + 3 + 2 + 2 * 11 + 7) + 2 + 6
 
 
 def distributed(folder: Path, classes: int) -> Path:
-    """Made-up files where Tiny ImageNet has its photographs."""
+    """Made-up files where Tiny ImageNet has its images."""
     (folder / "val" / "images").mkdir(parents=True)
     lines = []
     for number in range(classes):
@@ -109,8 +183,8 @@ def distributed(folder: Path, classes: int) -> Path:
 
 def test_tiny_imagenet_becomes_a_folder_of_classes(tmp_path: Path) -> None:
     tiny = distributed(tmp_path / "tiny", 10)
-    prepare(tiny, tmp_path / "few", 5)
-    prepare(tmp_path / "few", tmp_path / "fewer", 2)  # an image folder will do as well
+    prepare(tiny, tmp_path / "few", 5, held_out=1)
+    prepare(tmp_path / "few", tmp_path / "fewer", 2, held_out=1)  # an image folder will do as well
     for name, numbers in (("few", (0, 2, 4, 6, 8)), ("fewer", (0, 4))):
         for part, count in (("train", 3), ("val", 1)):
             found = sorted(path.name for path in (tmp_path / name / part).iterdir())
@@ -127,50 +201,33 @@ def test_what_is_not_tiny_imagenet_is_refused(tmp_path: Path) -> None:
     tiny = distributed(tmp_path / "tiny", 4)
     (tiny / "val" / "val_annotations.txt").unlink()
     with pytest.raises(SourceError, match="has no val images of class n00000000"):
-        prepare(tiny, tmp_path / "few", 2)
+        prepare(tiny, tmp_path / "few", 2, held_out=1)
 
 
-def begin(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
-    """The command line: ten steps on made-up photographs."""
-    command = f"miniature {arguments} --data data --steps 10 --experiment made-up --root found"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
-
-
-def test_what_the_members_say_is_recorded_for_every_number_of_crops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    use_tiny_network(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "data", train=24, val=2)
-    begin(monkeypatch, "members networks crops --only bn-x5-member bn-x5-seed-0 --seeds 2")
-    main()
-    assert "probabilities-bn-x5-seed-1-1: runs/bn-x5-seed-1 has no network.pt" in (
-        capsys.readouterr().out
-    )
-    members = [f"bn-x5-member-{number}" for number in range(1, 7)]
-    expected = [run_name(name, crops) for name in members for crops in CROPS]
-    found = runs.names("made-up", root=tmp_path / "found")
-    assert found == sorted([*expected, *members, "bn-x5-seed-0", run_name("bn-x5-seed-0", 1)])
-    three = [
-        read_probabilities(members[0], crops, "made-up", root=tmp_path / "found") for crops in CROPS
-    ]
-    assert all(each.probabilities.shape == (6, 3) for each in three)
-    assert not three[0].probabilities.equal(three[1].probabilities)
+def test_more_images_can_be_held_out_than_tiny_imagenet_does(tmp_path: Path) -> None:
+    prepare(distributed(tmp_path / "tiny", 4), tmp_path / "few", 2, held_out=3)
+    for name in ("n00000000", "n00000002"):
+        held_out = {path.name for path in (tmp_path / "few" / "val" / name).iterdir()}
+        training = {path.name for path in (tmp_path / "few" / "train" / name).iterdir()}
+        assert held_out == {f"val_{int(name[1:])}.JPEG", f"{name}_1.JPEG", f"{name}_2.JPEG"}
+        assert training == {f"{name}_0.JPEG"}
 
 
 def test_runs_are_recorded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use_tiny_network(monkeypatch)
-    monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", train=24, val=4)
-    begin(monkeypatch, "sweep --rates 0.01 --rate 0.01")
-    main()
-    assert capsys.readouterr().out.count("finished") >= 2
     root = tmp_path / "found"
-    assert runs.names("made-up", root=root) == ["sweep-0.01", "sweep-0.01-fast-decay"]
-    run = runs.read("made-up", "sweep-0.01", root=root)
-    assert run.manifest["configuration"]["recipe"]["learning_rate"] == 0.01
+    command = (
+        f"search --data {tmp_path / 'data'} --out {tmp_path / 'runs'} --root {root} --device cpu "
+        "--long-steps 40 --short-steps 40 --jobs 1 --only search-bn-x5-steps"
+    ).split()
+    main(command)
+    first = capsys.readouterr().out
+    names = runs.names(TRIAL.experiment, root=root)
+    assert first.count("finished") == len(names) >= 6
+    run = runs.read(TRIAL.experiment, names[0], root=root)
     assert set(run["part"]) == {"training", "held out"}
-    main()
-    assert capsys.readouterr().out.count("recorded before") == 2
+    main(command)
+    assert capsys.readouterr().out == ""

@@ -114,15 +114,18 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
         def is_due(every: int) -> bool:
             return state.step == recipe.steps or (every > 0 and state.step % every == 0)
 
+        def is_evaluation_due() -> bool:
+            return is_due(options.eval_every) or str(state.step) in options.eval_at.split()
+
         try:
-            if state.step and is_due(options.eval_every) and not report.is_evaluated():
+            if state.step and is_evaluation_due() and not report.is_evaluated():
                 evaluate()  # a kill came between a checkpoint and its evaluation
             for _, images, labels in itertools.islice(loader, recipe.steps - state.step):
                 train_step(state, network, images, labels, loader.steps_per_epoch)
                 report.advance()
                 is_last = state.step == recipe.steps
                 stopping = not is_last and _is_stop_asked(stop, state)
-                log, evaluation = is_due(options.log_every), is_due(options.eval_every)
+                log, evaluation = is_due(options.log_every), is_evaluation_due()
                 # before an evaluation too, as it takes long and may fail
                 save = is_due(options.save_every) or evaluation or stopping
                 if log or save:
