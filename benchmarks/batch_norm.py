@@ -6,10 +6,13 @@
     python benchmarks/batch_norm.py --compile        # also bnlib's batch_norm under torch.compile
 
 Shapes are those of the paper's networks: activations of BN-Inception at its mini-batch of 32 (one
-for each size of feature map) and a hidden layer of the MNIST network at its mini-batch of 60.
+for each size of feature map) and a hidden layer of the MNIST network at its mini-batch of 60; and
+two small feature maps.  The last rows are layers in training mode, with running statistics:
+``BatchNorm`` against ``torch.nn.BatchNorm1d`` and ``BatchNorm2d``.
 
 Each repeat times every contender once, in alternating order, so that whatever else the machine does
 falls on all of them; a row gives the median of the ratios of these pairs, with their quartiles.
+Small shapes get 20 times as many repeats.
 The same run checks each contender against torch in float64: ``error`` is the largest deviation of
 y and of the three gradients, as a share of the largest value of each.
 """
@@ -23,8 +26,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bnlib import BatchNorm
 from bnlib.functional import batch_norm, batch_norm_forward
 
 SHAPES = [
@@ -33,8 +37,12 @@ SHAPES = [
     (32, 256, 28, 28),
     (32, 576, 14, 14),
     (32, 1024, 7, 7),
+    (32, 64, 7, 7),
+    (1, 3, 8, 8),
     (60, 100),
 ]
+LAYERS = [(32, 256, 28, 28), (1, 3, 8, 8), (60, 100)]
+SMALL = 2**17  # values
 LIMIT = 1e-4  # largest error accepted of bnlib
 Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -87,7 +95,7 @@ def make(
     x, grad_y = random(*shape), random(*shape)
     if len(shape) == 4:
         x, grad_y = (t.contiguous(memory_format=memory_format) for t in (x, grad_y))
-    tensors = [t.to(device).requires_grad_() for t in (x, random(shape[1]), random(shape[1]))]
+    tensors = [nn.Parameter(t.to(device)) for t in (x, random(shape[1]), random(shape[1]))]
     return tensors, grad_y.to(device)
 
 
@@ -100,15 +108,28 @@ def compare(
     errors = {name: error(step(f, tensors, grad_y), exact) for name, f in contenders.items()}
     del doubles, exact
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats):
+    for repeat in range(20 * repeats if grad_y.numel() <= SMALL else repeats):
         for name in sorted(contenders, reverse=repeat % 2 == 1):
             times[name].append(seconds(contenders[name], tensors, grad_y))
     return {name: (times[name], errors[name]) for name in contenders}
 
 
+def layers(tensors: list[Tensor]) -> dict[str, Transform]:
+    """torch's layer and ours, on the same parameters."""
+
+    channels = tensors[0].shape[1]
+    torchs = nn.BatchNorm1d if tensors[0].ndim == 2 else nn.BatchNorm2d
+    transforms: dict[str, Transform] = {}
+    for name, layer in (("native", torchs(channels)), ("bnlib", BatchNorm(channels))):
+        layer.to(tensors[0].device)
+        layer.weight, layer.bias = tensors[1:]
+        transforms[name] = lambda x, *_, layer=layer: layer(x)
+    return transforms
+
+
 def report(label: str, outcome: dict[str, tuple[list[float], float]]) -> None:
     base, native_error = outcome["native"]
-    cells = [f"{label:28s} {statistics.median(base) * 1e3:9.3f} ms {native_error:8.1e}"]
+    cells = [f"{label:29s} {statistics.median(base) * 1e3:9.3f} ms {native_error:8.1e}"]
     for name, (times, deviation) in outcome.items():
         if name == "native":
             continue
@@ -140,14 +161,14 @@ def main() -> None:
     )
     print(
         f"{hardware}; torch {torch.__version__}; float32; {clock(options.device)[0]}; "
-        f"median (and quartiles) of n = {repeats} paired ratios"
+        f"median (and quartiles) of n = {repeats} paired ratios, {20 * repeats} of small tensors"
     )
     print(
-        f"{'forward + backward':28s} {'native':>12s}    error | "
+        f"{'forward + backward':29s} {'native':>12s}    error | "
         + " | ".join(f"{name + ' / native':>18s}    error" for name in list(contenders)[1:])
     )
     for shape in SHAPES:
-        size = (shape[0] // 8, *shape[1:]) if options.quick and len(shape) == 4 else shape
+        size = (max(1, shape[0] // 8), *shape[1:]) if options.quick and len(shape) == 4 else shape
         for memory_format in (torch.contiguous_format, torch.channels_last):
             if len(shape) < 4 and memory_format is torch.channels_last:
                 continue
@@ -155,6 +176,11 @@ def main() -> None:
             layout = " channels-last" if memory_format is torch.channels_last else ""
             label = "x".join(map(str, size)) + layout
             report(label, compare(contenders, tensors, grad_y, repeats))
+    for shape in LAYERS:
+        size = (max(1, shape[0] // 8), *shape[1:]) if options.quick and len(shape) == 4 else shape
+        tensors, grad_y = make(size, torch.contiguous_format, options.device)
+        outcome = compare(layers(tensors), tensors, grad_y, repeats)
+        report("layer " + "x".join(map(str, size)), outcome)
 
 
 if __name__ == "__main__":
