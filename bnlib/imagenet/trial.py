@@ -36,7 +36,7 @@ CHANGES = {
     "shuffling": "within_shard_shuffling",
     "photometric": "photometric",
 }
-#: Networks whose best rate is searched.  BN-x30 is BN-x5 at another rate: they share a search.
+#: Networks whose best rate is searched.  BN-x30 is BN-x5 at another rate, so they share a search.
 SEARCHED = ("bn-x5", "bn-x5-sigmoid", "inception", "bn-baseline")
 _IMAGENET = 1_281_167  # training images
 _SEARCH_SEED = 100  # no seed of a run that is reported
@@ -281,7 +281,7 @@ def _search_name(network: str, length: int, rate: float | None) -> str:
     return f"search-{network}-steps-{length}-rate-" + ("" if rate is None else f"{rate:g}")
 
 
-#: What is recorded besides the search: from a name to the recipes of its runs.
+#: What is recorded besides the search, from a name to the recipes of its runs.
 PARTS = {
     "arms": Trial.arms,
     "edge": Trial.edge,
