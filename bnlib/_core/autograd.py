@@ -30,13 +30,13 @@ def train(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of Algorithm 1, and the mean and the biased variance of each channel, detached."""
+    if x.numel() == 0:
+        nothing = x.new_zeros(x.shape[1], dtype=wide_dtype(x.dtype))
+        return formulas.infer(x, nothing, nothing, gamma, beta, eps), nothing, nothing.clone()
     if _watched():
         x_hat, mean, var, _ = formulas.normalize(x, eps)
         y = formulas.scale_and_shift(x_hat, gamma, beta).to(x.dtype)
         return y, mean.detach(), var.detach()
-    if x.numel() == 0:
-        nothing = x.new_zeros(x.shape[1], dtype=wide_dtype(x.dtype))
-        return formulas.infer(x, nothing, nothing, gamma, beta, eps), nothing, nothing.clone()
     result: tuple[Tensor, Tensor, Tensor] = _Training.apply(x, *_defaults(x, gamma, beta), eps)
     return result
 
