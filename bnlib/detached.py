@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnlib._core.channels import check_input
+from bnlib._core.channels import check_input, check_ridge
 from bnlib._core.formulas import center
 from bnlib.whitening import whitening_matrix
 
@@ -222,8 +222,7 @@ def _finite(*tensors: Tensor) -> bool:
 def _check_options(kind: str, eps: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be zero or a positive, finite number; got {eps}")
+    check_ridge(eps)
 
 
 def _check(x: Tensor, examples: Tensor, kind: str, eps: float) -> None:

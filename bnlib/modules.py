@@ -187,16 +187,6 @@ class PerActivationBatchNorm(BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a mini-batch of shape ``(N, *feature_shape)``; as :meth:`BatchNorm.forward`.
 
-        Parameters
-        ----------
-        x
-            Tensor of shape ``(N, *feature_shape)``.
-
-        Returns
-        -------
-        torch.Tensor
-            A tensor of the shape and dtype of ``x``.
-
         Raises
         ------
         ValueError, TypeError
@@ -223,9 +213,9 @@ class PerActivationBatchNorm(BatchNorm):
 class GhostBatchNorm(BatchNorm):
     """Batch normalization of ghost batches: each part of the mini-batch has its own statistics.
 
-    The name is from Hoffer et al. (2017), who cut very large mini-batches so.  It is also what many
-    processes do that train one network together, each with its share of the mini-batch.  The
-    running statistics are those of whole mini-batches, and inference is that of
+    The name is from Hoffer et al. (2017), who divide very large mini-batches in this way.  It is
+    also what happens when many processes train one network together, each with its share of the
+    mini-batch.  The running statistics are those of whole mini-batches, and inference is that of
     :class:`BatchNorm`.
 
     Parameters
@@ -256,24 +246,12 @@ class GhostBatchNorm(BatchNorm):
         return f"{super().extra_repr()}, size={self.size}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize each part of a mini-batch by itself.
-
-        Parameters
-        ----------
-        x
-            Tensor of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).  In training N is a
-            multiple of ``size``.
-
-        Returns
-        -------
-        torch.Tensor
-            A tensor of the shape and dtype of ``x``.
+        """Normalize each part of a mini-batch by itself; as :meth:`BatchNorm.forward`.
 
         Raises
         ------
         ValueError, TypeError
-            In training, if N is no multiple of ``size``; and as :class:`BatchNorm`
-            does.
+            In training, if N is not a multiple of ``size``; and as :class:`BatchNorm` does.
         """
         if not self.training or len(x) == self.size:
             return super().forward(x)

@@ -1,7 +1,6 @@
-"""Algorithm 2: the statistics of the population, for a network that is trained.
+"""Algorithm 2: the statistics of the population, for a trained network; and what follows from them.
 
-:func:`fold_batch_norm`, which makes batch normalization vanish once they are known, is defined in
-``bnlib.folding``.
+Once they are known, :func:`fold_batch_norm` (of ``bnlib.folding``) removes batch normalization.
 """
 
 from __future__ import annotations
@@ -84,11 +83,10 @@ def population_statistics(
     saved_statistics = {
         buffer: buffer.clone() for layer in layers for buffer in layer.buffers(recurse=False)
     }
-    sums: dict[_BatchNorm, _Sums] = {}
+    averages: dict[nn.Module, _Averages] = {}
 
     def after_forward(layer: nn.Module, *_: Any) -> None:
-        assert isinstance(layer, _BatchNorm)
-        sums.setdefault(layer, _Sums()).add(layer)
+        averages.setdefault(layer, _Averages(layer)).add()
 
     hooks = [layer.register_forward_hook(after_forward) for layer in layers]
     try:
@@ -100,14 +98,14 @@ def population_statistics(
         with torch.no_grad(), _not_compiled():
             for examples in _checked(batches):
                 model(examples if device is None else examples.to(device))
-        if not sums:
+        if not averages:
             raise ValueError(
                 "the forward pass of the model, in evaluation mode, reaches none of its "
                 f"batch-normalization layers: {', '.join(layers.values())}"
             )
         for layer, name in layers.items():
-            if layer in sums:
-                sums[layer].write(layer, name)
+            if layer in averages:
+                averages[layer].write(name)
             else:
                 for buffer in layer.buffers(recurse=False):
                     buffer.copy_(saved_statistics[buffer])
@@ -132,37 +130,33 @@ def _not_compiled() -> contextlib.AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-class _Sums:
-    """Sums over mini-batches of the mean and the unbiased variance of one layer."""
+class _Averages:
+    """The averages over mini-batches of the running mean and variance of one layer."""
 
-    def __init__(self) -> None:
-        self.mean: Tensor | float = 0.0
-        self.var: Tensor | float = 0.0
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.totals: dict[str, Tensor | float] = {"running_mean": 0.0, "running_var": 0.0}
         self.count = 0
 
-    def add(self, layer: _BatchNorm) -> None:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        dtype = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64
-        self.mean = self.mean + layer.running_mean.to(dtype)
-        self.var = self.var + layer.running_var.to(dtype)
+    def add(self) -> None:
+        for buffer, total in self.totals.items():
+            value: Tensor = getattr(self.layer, buffer)
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            self.totals[buffer] = total + value.to(wide)
         self.count += 1
 
-    def write(self, layer: _BatchNorm, name: str) -> None:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        for kind, total, buffer in (
-            ("mean", self.mean, layer.running_mean),
-            ("variance", self.var, layer.running_var),
-        ):
-            buffer.copy_(torch.as_tensor(total) / self.count)
-            if not bool(buffer.isfinite().all()):
+    def write(self, name: str) -> None:
+        for buffer, total in self.totals.items():
+            value: Tensor = getattr(self.layer, buffer)
+            value.copy_(torch.as_tensor(total) / self.count)
+            if not bool(value.isfinite().all()):
+                kind = "mean" if buffer == "running_mean" else "variance"
                 raise ValueError(
-                    f"the {kind} of layer {name!r} is not finite in {str(buffer.dtype)[6:]}: the "
+                    f"the {kind} of layer {name!r} is not finite in {str(value.dtype)[6:]}: the "
                     "network or its input overflows there, or holds NaN"
                 )
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(self.count)
+        if self.layer.num_batches_tracked is not None:
+            self.layer.num_batches_tracked.fill_(self.count)
 
 
 def _layers_with_statistics(model: nn.Module) -> dict[_BatchNorm, str]:

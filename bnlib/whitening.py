@@ -9,13 +9,12 @@ leave the second out, compute :func:`whitening_matrix` of ``x.detach()``.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bnlib._core.channels import check_input
+from bnlib._core.channels import check_input, check_ridge
 from bnlib._core.formulas import center
 
 __all__ = ["METHODS", "Whitening", "whiten", "whitening_matrix"]
@@ -205,8 +204,7 @@ def _check(x: Tensor, eps: float, method: str) -> None:
     check_input(x)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be zero or a positive, finite number; got {eps}")
+    check_ridge(eps)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(
             f"x must be (m, d), m examples of d > 0 features; got shape {tuple(x.shape)}. Pixels "

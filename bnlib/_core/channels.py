@@ -13,6 +13,7 @@ __all__ = [
     "check_input",
     "check_like",
     "check_population",
+    "check_ridge",
     "check_values",
     "check_vector",
     "count",
@@ -73,6 +74,12 @@ def check_eps(eps: float) -> None:
     """Refuse a stabilizer that stabilizes nothing."""
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps is {eps}; it must be a positive, finite number, for example 1e-5")
+
+
+def check_ridge(eps: float) -> None:
+    """Refuse what cannot be added to a variance or an eigenvalue; zero can."""
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be zero or a positive, finite number; got {eps}")
 
 
 def check_vector(vector: Tensor | None, name: str, x: Tensor, x_name: str = "x") -> None:

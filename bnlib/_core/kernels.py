@@ -23,40 +23,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnlib._core.channels import wide_dtype
 
-__all__ = ["Moments", "affine", "gradients", "moments", "pivot"]
+__all__ = ["affine", "gradients", "moments", "pivot"]
 
 _BLOCK = 2**18  # elements of a block, for each thread; 2**16 to 2**19 measure much alike
 _SAFE_RATIO = 64.0
 
 
-class Moments(NamedTuple):
-    """Mean, as pivot + residual, and biased variance of each channel; without a pivot it is 0."""
-
-    pivot: Tensor | None
-    residual: Tensor
-    var: Tensor
-
-
-def moments(x: Tensor) -> Moments:
-    """Mean and biased variance of each channel of ``x``, which has at least one value in each."""
+def moments(x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Mean of each channel, as pivot + residual, and biased variance; without a pivot it is 0."""
     rows = _rows(x, _channels_last(x))
     m = rows.shape[0] * rows.shape[2]
     if x.device.type == "cpu":
         mean, square = (total / m for total in _sums(rows, None))
         var = square - mean.square()
         if pivot(mean, var)[0] is None:
-            return Moments(None, mean, var)
+            return None, mean, var
     else:
         mean = rows.mean((0, 2), dtype=wide_dtype(x.dtype))
     residual, square = (total / m for total in _sums(rows, mean))
-    return Moments(mean, residual, (square - residual.square()).clamp_(min=0))
+    return mean, residual, (square - residual.square()).clamp_(min=0)
 
 
 def pivot(mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor]:
