@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from bnlib.imagenet.data.decode import decode, decoder
+from bnlib.imagenet.data.decode import Encoded, decoder
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
 from bnlib.imagenet.data.pack import pack
@@ -97,7 +97,7 @@ def torchvision_batches(
 
 def decode_all(images: list[bytes]) -> None:
     for data in images:
-        decode(data)
+        Encoded(data).decode()
 
 
 def read_all(source: Source, indices: list[int]) -> None:
@@ -125,7 +125,7 @@ def main() -> None:
         folder = arguments.data or Path(scratch) / "images"
         if arguments.data is None:
             make_images(folder, 64 if arguments.quick else 192)
-        pack(folder, Path(scratch) / "packed", splits=("train",), workers=1, progress=False)
+        pack(folder, Path(scratch) / "packed", splits=("train",), workers=1)
         compare(folder, Path(scratch) / "packed", arguments.size, repeats)
 
 

@@ -2,8 +2,8 @@
 
 The crops are GoogLeNet's: 8 to 100% of the image's area, aspect ratio from 3/4 to 4/3. The
 photometric distortions are Howard's (2013): brightness, contrast and color, each multiplied by a
-factor from 0.5 to 1.5, in a random order. The paper reduces them with batch normalization and does
-not say by how much (section 4.2.1).
+factor from 0.5 to 1.5 at full strength, in a random order. The paper reduces them with batch
+normalization and does not say by how much (section 4.2.1).
 
 Each distortion is affine in the pixels, so that the three together are one 3x3 matrix and one shift
 per image. They are applied to a whole mini-batch at once, where the network is.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bnlib.imagenet.data.order import AUGMENTATION, generator
+from bnlib.imagenet.recipes import Recipe
 
 __all__ = ["Augmentation", "Box", "distort", "draw", "normalize", "training_crop"]
 
@@ -42,24 +43,12 @@ class Box(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What is done to one image.
-
-    Attributes
-    ----------
-    box
-        The crop.
-    flip
-        Whether it is mirrored.
-    order
-        The order of brightness (0), contrast (1) and color (2).
-    factors
-        The factors of brightness, contrast and color; 1 leaves the image as it is.
-    """
+    """What is done to one image."""
 
     box: Box
     flip: bool
-    order: tuple[int, int, int]
-    factors: tuple[float, float, float]
+    order: tuple[int, int, int]  # of brightness (0), contrast (1) and color (2)
+    factors: tuple[float, float, float]  # of the three; 1 leaves the image as it is
 
 
 def training_crop(
@@ -70,37 +59,14 @@ def training_crop(
     min_area: float = 0.08,
     max_aspect: float = 4 / 3,
 ) -> Box:
-    """GoogLeNet's random crop.
+    """GoogLeNet's random crop of an image of that size: inside it, at least one pixel.
 
     The area is uniform between ``min_area`` and 1 of the image's, the logarithm of the aspect
     ratio uniform between those of 1 / ``max_aspect`` and ``max_aspect`` (GoogLeNet names the
     limits, not the distributions), the place uniform among those that fit. If ten such draws do not
     fit into the image, the crop is its middle: all of it if its own aspect ratio is allowed,
     else the largest part with the nearest allowed one.
-
-    Parameters
-    ----------
-    width, height
-        Of the image, pixels.
-    rng
-        The random numbers.
-    min_area
-        Smallest area, a fraction of the image's.
-    max_aspect
-        Greatest ratio of width to height; the smallest is its inverse.
-
-    Returns
-    -------
-    Box
-        Inside the image, at least one pixel.
-
-    Raises
-    ------
-    ValueError
-        If the image has no pixels.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"an image of {width}x{height} pixels cannot be cropped")
     for area, aspect, x, y in rng.random((ATTEMPTS, 4)).tolist():
         pixels = (min_area + area * (1 - min_area)) * width * height
         ratio = max_aspect ** (2 * aspect - 1)
@@ -112,35 +78,13 @@ def training_crop(
     return Box((width - w) // 2, (height - h) // 2, w, h)
 
 
-def draw(
-    width: int,
-    height: int,
-    *,
-    seed: int,
-    epoch: int,
-    index: int,
-    photometric: float = 1.0,
-    min_area: float = 0.08,
-    max_aspect: float = 4 / 3,
-) -> Augmentation:
-    """The augmentation of an example in an epoch.
-
-    Parameters
-    ----------
-    width, height
-        Of the image, pixels.
-    seed, epoch, index
-        What the random numbers depend on, with the image's size.
-    photometric
-        Strength of the distortions: factors from 1 - strength / 2 to 1 + strength / 2.
-    min_area, max_aspect
-        As in :func:`training_crop`.
-    """
-    rng = generator(seed, AUGMENTATION, epoch, index)
+def draw(width: int, height: int, recipe: Recipe, *, epoch: int, index: int) -> Augmentation:
+    """The augmentation in an epoch of the example with that index, an image of that size."""
+    rng = generator(recipe.seed, AUGMENTATION, epoch, index)
     mirrored, *shuffled = rng.random(4).tolist()
-    factors = (1 + photometric * (rng.random(3) - 0.5)).tolist()
+    factors = (1 + recipe.photometric * (rng.random(3) - 0.5)).tolist()
     first, second, third = sorted(range(3), key=shuffled.__getitem__)
-    box = training_crop(width, height, rng, min_area=min_area, max_aspect=max_aspect)
+    box = training_crop(width, height, rng, min_area=recipe.min_area, max_aspect=recipe.max_aspect)
     brightness, contrast, color = factors
     return Augmentation(box, mirrored < 0.5, (first, second, third), (brightness, contrast, color))
 
@@ -150,20 +94,8 @@ def distort(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
     Brightness multiplies. Contrast moves every value away from the image's mean gray, color
     every pixel away from its own gray value. What leaves 0 to 255 is cut off, once, at the end.
-
-    Parameters
-    ----------
-    images
-        float32 (N, 3, H, W), RGB, 0 to 255; overwritten.
-    order
-        int64 (N, 3): the order of the distortions, as in :class:`Augmentation`.
-    factors
-        float32 (N, 3): of brightness, contrast and color.
-
-    Returns
-    -------
-    torch.Tensor
-        ``images``, distorted.
+    ``images``, float32 (N, 3, H, W), RGB from 0 to 255, are overwritten and returned; ``order``,
+    int64 (N, 3), and ``factors``, float32 (N, 3), are those of :class:`Augmentation`.
     """
     flat = images.flatten(2)
     mean = flat.mean(2, keepdim=True)
@@ -184,13 +116,7 @@ def distort(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(x / 255 - mean) / std per channel, in place, with ImageNet's usual mean and deviation.
-
-    Parameters
-    ----------
-    images
-        float32 (N, 3, H, W), RGB, 0 to 255.
-    """
+    """(x / 255 - mean) / std per channel, in place: float32 (N, 3, H, W), RGB from 0 to 255."""
     mean = _constant(MEAN, images.device).view(3, 1, 1) * 255
     std = _constant(STD, images.device).view(3, 1, 1) * 255
     return images.sub_(mean).div_(std)

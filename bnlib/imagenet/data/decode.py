@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from bnlib.imagenet.data.augment import Box
 
-__all__ = ["MAX_PIXELS", "DamagedImage", "Encoded", "decode", "decoder"]
+__all__ = ["MAX_PIXELS", "DamagedImage", "Encoded", "decoder", "resize"]
 
 _LOGGER = logging.getLogger(__name__)
 MAX_PIXELS = 178_956_970  # PIL's own limit: half a gigabyte of pixels
@@ -35,15 +35,7 @@ _END_OF_IMAGE = b"\xff\xd9"  # the last marker of a JPEG
 
 
 class DamagedImage(ValueError):  # noqa: N818  (what it is, not that it is an error)
-    """Raised if an image cannot be decoded.
-
-    Attributes
-    ----------
-    name
-        Of the file or record.
-    reason
-        What is wrong with it.
-    """
+    """Raised if an image cannot be decoded: the name of its file or record, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -92,43 +84,30 @@ def wrap_decode_errors(name: str) -> Iterator[None]:
 class Encoded:
     """An image file in memory: its size at once, its pixels on demand.
 
-    Parameters
-    ----------
-    data
-        The whole file. Its format is read from its content, not from its name.
-    name
-        For errors.
-    max_pixels
-        Images with more pixels are refused; at most ``MAX_PIXELS``.
-
-    Attributes
-    ----------
-    width
-        Pixels, after the rotation that its Exif data asks for.
-    height
-        Pixels, as the width.
-    is_ordinary_jpeg
-        Whether the file is a gray or RGB JPEG that is not to be rotated: any decoder reads it.
+    ``width`` and ``height``, in pixels, are those after the rotation that Exif data ask for;
+    ``is_ordinary_jpeg`` says that it is a gray or RGB JPEG that is not to be rotated.
 
     Raises
     ------
     DamagedImage
-        If it is no image, cut short, or larger than ``max_pixels``; damage that only decoding
+        If it is no image, cut short, or larger than ``MAX_PIXELS``; damage that only decoding
         finds raises it later.
     """
 
-    def __init__(self, data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, data: bytes, name: str = "image") -> None:
         self.data, self.name = data, name
         if not data:
             raise DamagedImage(name, "the file is empty")
         with wrap_decode_errors(name), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._image, pixels_at = _open(data)
+            stream = io.BytesIO(data)
+            self._image: Any = _open(stream)
+            pixels_at = stream.tell()
             self.width, self.height = self._image.size
             # before anything that may decode: a small file can hold gigabytes of one color
-            if self.width * self.height > max_pixels:
+            if self.width * self.height > MAX_PIXELS:
                 raise ValueError(
-                    f"{self.width}x{self.height} pixels are more than the limit of {max_pixels}"
+                    f"{self.width}x{self.height} pixels are more than the limit of {MAX_PIXELS}"
                 )
             kind = self._image.format
             if kind in ("JPEG", "MPO") and data.rfind(_END_OF_IMAGE, pixels_at) < 0:
@@ -147,12 +126,7 @@ class Encoded:
         """All pixels: uint8 (3, height, width), RGB.
 
         Gray and CMYK become RGB; 16 bits become 8; transparent pixels are laid on white; an
-        animation gives its first frame; the rotation that Exif data asks for is made.
-
-        Raises
-        ------
-        DamagedImage
-            If they cannot be decoded.
+        animation gives its first frame; the rotation that Exif data ask for is made.
         """
         with wrap_decode_errors(self.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -168,56 +142,20 @@ class Encoded:
                 )
             return pixels
 
-    def crop(self, box: Box, size: int | tuple[int, int]) -> Tensor:
-        """A part of the image at another size, interpolated bilinearly with antialiasing.
-
-        Parameters
-        ----------
-        box
-            The part.
-        size
-            Height and width of the result, pixels.
-
-        Returns
-        -------
-        torch.Tensor
-            uint8 (3, height, width), RGB.
-
-        Raises
-        ------
-        DamagedImage
-            If the pixels cannot be decoded.
-        """
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = self.decode()[
-            None, :, box.top : box.top + box.height, box.left : box.left + box.width
-        ]
-        if pixels.shape[2:] != (height, width):
-            pixels = interpolate(
-                pixels.contiguous(memory_format=torch.channels_last),
-                (height, width),
-                mode="bilinear",
-                antialias=True,
-            )
-        return pixels[0]
+    def crop(self, box: Box, height: int, width: int) -> Tensor:
+        """A part at another size, interpolated bilinearly with antialiasing: uint8 RGB."""
+        rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        return resize(self.decode()[:, rows, columns], height, width)
 
     def resize_shorter(self, side: int) -> Tensor:
-        """The whole image with its shorter side that many pixels long: uint8 (3, H, W), RGB.
-
-        Raises
-        ------
-        DamagedImage
-            If the pixels cannot be decoded, or would be too many.
-        """
-        return self.crop(Box(0, 0, self.width, self.height), self.size_with_shorter(side))
+        """The whole image with its shorter side that many pixels long: uint8 (3, H, W), RGB."""
+        height, width = self.size_with_shorter(side)
+        return resize(self.decode(), height, width)
 
     def size_with_shorter(self, side: int) -> tuple[int, int]:
         """Height and width with the shorter side that long, rounded down as torchvision does.
 
-        Raises
-        ------
-        DamagedImage
-            If that is more than ``MAX_PIXELS``, as for a line of pixels.
+        More than ``MAX_PIXELS``, as for a line of pixels, are refused as a ``DamagedImage``.
         """
         shorter = min(self.width, self.height)
         height, width = self.height * side // shorter, self.width * side // shorter
@@ -230,18 +168,20 @@ class Encoded:
         return height, width
 
 
-def decode(data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The pixels of an image file: :meth:`Encoded.decode` of an :class:`Encoded`."""
-    return Encoded(data, name, max_pixels=max_pixels).decode()
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, H, W) at another size, interpolated bilinearly with antialiasing."""
+    if image.shape[1:] == (height, width):
+        return image
+    pixels = image[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
 
 
-def _open(data: bytes) -> tuple[Any, int]:
-    """PIL's image, not yet decoded, and where its header ends."""
+def _open(stream: io.BytesIO) -> Any:
+    """PIL's image, not yet decoded."""
     from PIL import Image, UnidentifiedImageError
 
-    stream = io.BytesIO(data)
     try:
-        return Image.open(stream), stream.tell()
+        return Image.open(stream)
     except UnidentifiedImageError:
         raise ValueError("no image of a known kind") from None
 

@@ -1,8 +1,4 @@
-"""Where the images come from: one interface to folders, archives, data sets and packed copies.
-
-A source is a sequence of encoded images with their labels. Opening one lists the images and does
-not read them.
-"""
+"""Where the images come from: one interface to folders, archives, data sets and packed copies."""
 
 from __future__ import annotations
 
@@ -29,23 +25,13 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 class FolderSource(Source):
     """Images in ``<folder>/<class>/*``, sorted by class and name.
 
-    Parameters
-    ----------
-    folder
-        The folder of the split.
-    classes
-        The classes in the order of their labels; all subfolders, sorted, by default. Given for the
-        validation set, so that a label means the same class as in training.
-    index
-        A file that keeps the listing and the fingerprint. As long as the class folders have the
-        names and times of last change that it records, no file is listed or looked at; otherwise,
-        and if there is none, it is written. Files whose content is replaced without changing
-        their folder go unnoticed: delete the index then.
+    ``classes`` are in the order of their labels: by default all subfolders, sorted; for the
+    validation set those of the training set, so that a label means the same class.
 
-    Raises
-    ------
-    SourceError
-        If the folder cannot be read, has no images, or has subfolders that are no classes.
+    ``index`` is a file that keeps the listing and the fingerprint. As long as the class folders
+    have the names and times of last change that it records, no file is listed or looked at;
+    otherwise, and if there is none, it is written. Files whose content is replaced without changing
+    their folder go unnoticed: delete the index then.
     """
 
     def __init__(

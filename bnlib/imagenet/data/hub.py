@@ -1,7 +1,7 @@
 """Images of data sets in the Hugging Face format, from a folder or from the hub.
 
-Reading a folder uses no network. Data sets on disk are memory-mapped where they are; only Parquet
-files are converted first, into ``.cache`` beside them or, if that is set, ``$HF_DATASETS_CACHE``.
+Data sets on disk are memory-mapped where they are; only Parquet files are converted first, into
+``.cache`` beside them or, if that is set, ``$HF_DATASETS_CACHE``.
 """
 
 from __future__ import annotations
@@ -20,26 +20,15 @@ import numpy as np
 from bnlib.imagenet.data.source import SPLITS, Example, Source, SourceError
 from bnlib.runs import write_atomically
 
-__all__ = ["NAME_COLUMN", "HubSource", "from_folder", "from_hub"]
+__all__ = ["HubSource", "from_folder", "from_hub"]
 
 NAME_COLUMN = "file_name"  # where there is such a column of strings, it names the images
 
 
 class HubSource(Source):
-    """Images of a data set in the Hugging Face format, undecoded.
+    """Images of a ``datasets.Dataset`` that has a column of images and one of labels.
 
-    Parameters
-    ----------
-    dataset
-        A ``datasets.Dataset`` with a column of images and one of labels. A column ``file_name``
-        names the images; without it, they are named by their row.
-    location
-        For messages.
-
-    Raises
-    ------
-    SourceError
-        If there is no column of images or of labels, or labels are missing.
+    A column ``file_name`` names the images; without it, they are named by their row.
     """
 
     def __init__(self, dataset: Any, location: str) -> None:
@@ -70,7 +59,7 @@ class HubSource(Source):
         self._rows = rows.cast_column(image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
-        """The image's own name if the data set has names, else the split and the row's number."""
+        """The image's own name, or the split and the row's number."""
         if not self._named:
             return f"{self.location}[{index}]"
         return str(self._rows[int(index)][NAME_COLUMN])
@@ -126,16 +115,8 @@ def _without_progress_bars() -> Iterator[Any]:
 
 
 def from_hub(name: str, split: str) -> HubSource:
-    """A data set of the hub, by name.
-
-    Raises
-    ------
-    SourceError
-        If it cannot be had, or has no such split.
-    """
+    """A data set of the hub, by name."""
     datasets = load_datasets()
-    if not name:
-        raise SourceError("hf: needs the name of a data set, such as hf:ILSVRC/imagenet-1k")
     try:
         chosen = _split_of(datasets.get_dataset_split_names(name), split, f"hf:{name}")
         return HubSource(datasets.load_dataset(name, split=chosen), f"hf:{name}/{split}")
@@ -148,23 +129,16 @@ def from_hub(name: str, split: str) -> HubSource:
 
 
 def from_folder(root: Path, split: str) -> HubSource | None:
-    """A data set in a folder: as ``save_to_disk`` writes it, or Parquet or Arrow files.
-
-    Raises
-    ------
-    SourceError
-        If there is a data set without such a split, or it cannot be read.
-    """
+    """A data set in a folder, if there is one: from ``save_to_disk``, or Parquet or Arrow files."""
     location = f"{root}/{split}"
     for folder in (root, *(root / alias for alias in SPLITS[split])):
         if any((folder / f"dataset_{kind}.json").exists() for kind in ("dict", "info")):
             return HubSource(_saved(folder, root, split), location)
-    for kind in ("parquet", "arrow"):
+    for kind, read in (("parquet", _parquet), ("arrow", _arrow)):
         for alias in SPLITS[split]:
             patterns = [f"{place}{alias}{end}" for place in ("", "data/") for end in ("-*.", ".")]
             files = sorted(str(f) for pattern in patterns for f in root.glob(pattern + kind))
             if files:
-                read = _parquet if kind == "parquet" else _arrow
                 return HubSource(_read(read, files, root), location)
     return None
 
@@ -201,9 +175,8 @@ def _read(read: Callable[[Any], Any], what: Any, folder: Path) -> Any:
 
 
 def _split_of(known: list[str], split: str, location: str) -> str:
-    for alias in SPLITS[split]:
-        if alias in known:
-            return alias
+    if found := [alias for alias in SPLITS[split] if alias in known]:
+        return found[0]
     raise SourceError(
         f"{location} has the splits {', '.join(known)}; for {split} one of "
         f"{', '.join(SPLITS[split])} is needed"

@@ -3,7 +3,7 @@
 ImageNet's 1.28 million files take long to list and longer to look at one by one, more so on a
 network disk and in every process. :class:`Listing` holds what that gives: about 60 MB.
 
-The file is one record in NumPy's own ``.npy`` format.
+The file is one record in NumPy's own ``.npy`` format, and the sha256 of that.
 """
 
 from __future__ import annotations
@@ -27,20 +27,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
-    """The files of a folder of images.
+    """The files of a folder of images."""
 
-    Attributes
-    ----------
-    names
-        uint8: the names one behind the other, without anything between them.
-    ends
-        int64 (n,): where in ``names`` each ends.
-    labels
-        int64 (n,).
-    """
-
-    names: NDArray[np.uint8]
-    ends: NDArray[np.int64]
+    names: NDArray[np.uint8]  # one behind the other, without anything between them
+    ends: NDArray[np.int64]  # where in ``names`` each ends
     labels: NDArray[np.int64]
 
     def name(self, index: int) -> str:
@@ -49,41 +39,24 @@ class Listing(NamedTuple):
         return os.fsdecode(self.names[first : self.ends[index]].tobytes())
 
 
-def _digest(listing: Listing, about: bytes) -> bytes:
-    digest = hashlib.sha256(about)
-    for array in listing:
-        digest.update(array.data)
-    return digest.digest()
-
-
 def write_index(path: Path, listing: Listing, valid_for: dict[str, Any], fingerprint: str) -> None:
     """Write a listing and the fingerprint of its images, for :func:`read_index`.
 
-    Parameters
-    ----------
-    path
-        The file; replaced at once, never partly.
-    listing
-        What was found.
-    valid_for
-        What must be unchanged for the listing to be still right.
-    fingerprint
-        As :meth:`bnlib.imagenet.data.source.Source.fingerprint` gives it.
+    ``valid_for`` says what must be unchanged for the listing to be still right.
     """
     about = json.dumps({**valid_for, "fingerprint": fingerprint}).encode()
-    digest = _digest(listing, about)
     fields: dict[str, NDArray[Any]] = {
         "ends": listing.ends,
         "labels": listing.labels,
         "names": listing.names,
         "about": np.frombuffer(about, dtype=np.uint8),
-        "sha256": np.frombuffer(digest, dtype=np.uint8),
     }
     record = np.empty(1, [(name, array.dtype, array.shape) for name, array in fields.items()])
     for name, array in fields.items():
         record[0][name][:] = array
     content = io.BytesIO()
     np.save(content, record)
+    content.write(hashlib.sha256(content.getbuffer()).digest())
     try:
         write_atomically(path, content.getbuffer())
     except OSError as error:
@@ -91,25 +64,17 @@ def write_index(path: Path, listing: Listing, valid_for: dict[str, Any], fingerp
 
 
 def read_index(path: Path, valid_for: dict[str, Any]) -> tuple[Listing, str] | None:
-    """The listing in a file and the fingerprint, or None if it has to be made anew.
-
-    Parameters
-    ----------
-    path
-        What :func:`write_index` wrote, perhaps.
-    valid_for
-        The present state of what must be unchanged.
-    """
+    """The listing in a file and the fingerprint, or None if it has to be made anew."""
     if not path.exists():
         return None
     try:
+        content = np.memmap(path, mode="r")
+        if content[-32:].tobytes() != hashlib.sha256(content[:-32]).digest():
+            raise ValueError("its content has changed since it was written")
         record = np.load(path, mmap_mode="r")[0]
         # plain arrays: slices of np.memmap are slow
         listing = Listing(*(np.asarray(record[field]) for field in Listing._fields))
-        about = record["about"].tobytes()
-        if record["sha256"].tobytes() != _digest(listing, about):
-            raise ValueError("its content has changed since it was written")
-        found = json.loads(about)
+        found = json.loads(record["about"].tobytes())
         fingerprint = str(found.pop("fingerprint"))
     except Exception as error:  # NumPy raises nearly everything on damaged files
         _LOGGER.warning("the index %s is damaged (%s) and is made anew", path, error)

@@ -4,9 +4,6 @@ The mini-batch of a step is a function of the recipe, the data set and the step 
 whole mini-batches in turn, so that their number changes nothing, and a run that resumes at a step
 sees the mini-batches that it would have seen. They return pixels as uint8; the photometric
 distortions and the normalization are done where the network is, a mini-batch at a time.
-
-Images are RGB, (x / 255 - mean) / std with ImageNet's usual mean and deviation per channel:
-:func:`bnlib.imagenet.data.augment.normalize`.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from bnlib.imagenet.data.source import Source
 from bnlib.imagenet.data.workers import Batch, SkippedImages, Workers, read_example, to_float
 from bnlib.imagenet.recipes import Recipe
 
-__all__ = ["Batches", "batches", "steps_per_epoch"]
+__all__ = ["Batches", "batches"]
 
 MAX_CONSECUTIVE_FAILURES = 100  # unreadable images in a row, after which training ends
 
@@ -34,11 +31,8 @@ MAX_CONSECUTIVE_FAILURES = 100  # unreadable images in a row, after which traini
 class _Batches(Dataset[Batch]):
     """From the number of a step to its mini-batch (of one process)."""
 
-    def __init__(
-        self, source: Source, recipe: Recipe, rank: int, world: int, skip_damaged: bool
-    ) -> None:
-        self.source, self.recipe, self.skip_damaged = source, recipe, skip_damaged
-        self.rank, self.world = rank, world
+    def __init__(self, source: Source, recipe: Recipe, rank: int, world: int) -> None:
+        self.source, self.recipe, self.rank, self.world = source, recipe, rank, world
         self.per_epoch = steps_per_epoch(len(source), recipe.batch_size)
         local_positions(0, recipe.batch_size, rank, world)  # refuses what cannot be divided
         self.order = Order(len(source), recipe.seed, recipe.shards, recipe.within_shard_shuffling)
@@ -80,8 +74,6 @@ class _Batches(Dataset[Batch]):
                     raise self.known_damaged[index]
                 return self._cropped(index)
             except DamagedImage as error:
-                if not self.skip_damaged:
-                    raise
                 self.known_damaged[index] = error
                 damaged[error.name] = error.reason
         raise DamagedImage(
@@ -94,28 +86,14 @@ class _Batches(Dataset[Batch]):
         recipe = self.recipe
         encoded, label = read_example(self.source, index)
         augmentation = augment.draw(
-            encoded.width,
-            encoded.height,
-            seed=recipe.seed,
-            epoch=self.epoch,
-            index=index,
-            photometric=recipe.photometric,
-            min_area=recipe.min_area,
-            max_aspect=recipe.max_aspect,
+            encoded.width, encoded.height, recipe, epoch=self.epoch, index=index
         )
-        return encoded.crop(augmentation.box, recipe.image_size), label, augmentation
+        crop = encoded.crop(augmentation.box, recipe.image_size, recipe.image_size)
+        return crop, label, augmentation
 
 
 class Batches(SkippedImages, Iterator[tuple[int, Tensor, Tensor]]):
-    """What :func:`batches` returns.
-
-    Attributes
-    ----------
-    damaged
-        The images that could not be read so far: from name to reason.
-    steps_per_epoch
-        Steps that make one pass over the source.
-    """
+    """What :func:`batches` returns; ``damaged`` holds the images that could not be read so far."""
 
     def __init__(
         self, dataset: _Batches, start_step: int, workers: int, device: torch.device
@@ -147,33 +125,13 @@ def batches(
     world: int = 1,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    skip_damaged: bool = True,
 ) -> Batches:
     """Training mini-batches without end, epoch after epoch, from a step on.
 
-    Parameters
-    ----------
-    source
-        The images.
-    recipe
-        Its ``batch_size``, ``image_size``, ``seed``, shuffling and augmentation fields apply.
-    start_step
-        The first step.
-    rank, world
-        This process and the number of processes that share every mini-batch.
-    workers
-        Processes that prepare mini-batches; 0 prepares them in this one. Changes no mini-batch.
-    device
-        Where the mini-batches are put.
-    skip_damaged
-        Whether an image that cannot be read is replaced by the next readable one in the epoch's
-        order; otherwise it is an error.
-
-    Returns
-    -------
-    Batches
-        An iterator of (step, images, labels): int; float32 (n, 3, S, S), normalized; int64 (n,);
-        with n the recipe's ``batch_size`` divided by ``world``.
+    An iterator of (step, images, labels): int; float32 (n, 3, S, S), normalized; int64 (n,); with
+    n the recipe's ``batch_size`` divided by the ``world`` of processes that share every mini-batch.
+    ``workers`` processes prepare them; 0 prepares them in this one; the number changes none. An
+    image that cannot be read is replaced by the next readable one in the epoch's order.
 
     Raises
     ------
@@ -181,17 +139,12 @@ def batches(
         If a mini-batch has more examples than the source or cannot be divided among the processes,
         or the source has more classes than the recipe.
     DamagedImage
-        While iterating: if an image cannot be read and ``skip_damaged`` is off, or a hundred in a
-        row cannot.
+        While iterating: if a hundred images in a row cannot be read.
     """
-    if start_step < 0 or workers < 0:
-        raise ValueError(
-            f"start_step is {start_step} and workers {workers}; they must be at least 0"
-        )
     if len(source.classes) > recipe.num_classes:
         raise ValueError(
             f"{source.location} has {len(source.classes)} classes, the recipe "
             f"{recipe.num_classes}; set --num-classes {len(source.classes)}"
         )
-    dataset = _Batches(source, recipe, rank, world, skip_damaged)
+    dataset = _Batches(source, recipe, rank, world)
     return Batches(dataset, start_step, workers, torch.device(device))

@@ -2,12 +2,8 @@
 
     python -m bnlib pack SOURCE DESTINATION --shorter-side 256 --quality 90
 
-Every image is made smaller, so that its shorter side has that many pixels, and stored as JPEG. An
-image that is small enough already is stored as it is, if it is an ordinary JPEG.
-
 ``DESTINATION/<split>/`` is a data set in the Hugging Face format, as ``save_to_disk`` writes it:
 Arrow files of a thousand images each, with the columns ``image``, ``label`` and ``file_name``.
-``datasets.load_from_disk`` reads it, and so does :func:`bnlib.imagenet.data.folders.open_source`.
 Beside them are ``pack.json``, with the settings and every file's sha256, and ``damaged.tsv``, with
 the images that cannot be decoded and are left out.
 
@@ -46,13 +42,7 @@ MAX_UNREADABLE = 10  # files of a thousand that cannot be opened; more, and the 
 
 
 def repacked(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
-    """An image as the packed copy stores it: a JPEG. The numbers are those of :func:`pack`.
-
-    Raises
-    ------
-    DamagedImage
-        If the image cannot be decoded.
-    """
+    """An image as the packed copy stores it: a small ordinary JPEG as it is, others as JPEG."""
     from PIL import Image
 
     encoded = Encoded(data, name)
@@ -76,33 +66,12 @@ def pack(
     splits: Sequence[str] = tuple(SPLITS),
     workers: int | None = None,
     verify: bool = True,
-    progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Write a smaller copy of a data set; continue one that was interrupted.
+    """Write a smaller copy of a data set, or what is missing of one; the notes about its files.
 
-    Parameters
-    ----------
-    location
-        What :func:`bnlib.imagenet.data.folders.open_source` opens.
-    destination
-        A folder, made if need be.
-    shorter_side
-        Pixels; an image whose shorter side has fewer keeps its size.
-    quality
-        JPEG quality as libjpeg counts, 1 to 100.
-    splits
-        Which parts: "train", "val" or both.
-    workers
-        Processes; one per processor core by default.
-    verify
-        Whether to read everything again afterwards and compare it with its checksums.
-    progress
-        Whether to draw a progress bar, in a terminal.
-
-    Returns
-    -------
-    dict
-        What ``pack.json`` says about each split's files: sha256, number of images, damaged images.
+    Images with more than ``shorter_side`` pixels on their shorter side are made smaller.
+    ``quality`` counts as libjpeg does. There are as many workers as processor cores by default.
+    ``verify`` reads everything again and compares it with its checksums.
 
     Raises
     ------
@@ -122,20 +91,18 @@ def pack(
             "be at least 1, from 1 to 100, and at least 1"
         )
     opened = {split: open_source(location, split) for split in splits}
-    folders = {split: Path(destination).expanduser() / split for split in splits}
-    images = [Path(location).expanduser().resolve() / split for split in SPLITS]
-    if any(folder.resolve().is_relative_to(each) for folder in folders.values() for each in images):
+    root, target = (Path(each).expanduser().resolve() for each in (location, destination))
+    if target == root or any(target.is_relative_to(root / split) for split in SPLITS):
         raise ValueError(
-            f"{destination} lies in the images of {location}, where it would pass for classes or "
-            "take their place; choose another destination"
+            f"{destination} lies in the images of {location}; choose another destination"
         )
     settings = {"shorter_side": shorter_side, "quality": quality}
     packed = {}
     for split, source in opened.items():
-        files = _Files(source, folders[split], settings)
-        packed[split] = _pack_split(files, workers, progress)
+        folder = Path(destination).expanduser() / split
+        packed[split] = _pack_split(_Files(source, folder, settings), workers)
         if verify:
-            _verify(folders[split], packed[split])
+            _verify(folder, packed[split])
     return packed
 
 
@@ -177,7 +144,7 @@ class _Files(Dataset[dict[str, Any]]):
         return {"sha256": checksum, "images": len(rows), "damaged": damaged}
 
 
-def _pack_split(files: _Files, workers: int, progress: bool) -> dict[str, Any]:
+def _pack_split(files: _Files, workers: int) -> dict[str, Any]:
     """Write what is missing of a split; the notes about all its files."""
     folder, total = files.folder, len(files.source)
     plan = {**files.settings, "images_per_file": IMAGES_PER_FILE}
@@ -187,19 +154,16 @@ def _pack_split(files: _Files, workers: int, progress: bool) -> dict[str, Any]:
         return notes
     for left_over in folder.glob(".*.tmp"):
         left_over.unlink()
-    missing = range(len(notes), len(files.names))  # files are noted in their order
+    missing = range(len(notes), len(files.names))  # they are noted in their order
     processes = min(workers, len(missing)) if workers > 1 else 0
     written = Workers(files, missing, processes, torch.device("cpu"))
+    done = min(len(notes) * IMAGES_PER_FILE, total)
     with tqdm(
-        total=total,
-        initial=min(len(notes) * IMAGES_PER_FILE, total),
-        desc=f"packing {folder.name}",
-        unit="img",
-        disable=None if progress else True,
+        total=total, initial=done, desc=f"packing {folder.name}", unit="img", disable=None
     ) as bar:
         for name in files.names[len(notes) :]:
             notes[name] = next(written)
-            write_atomically(folder / "pack.json", _json(state))
+            _write(folder, state)
             bar.update(len(files.images[name]))
     if not any(note["images"] for note in notes.values()):
         raise SourceError(f"none of the {total} images for {folder} can be decoded")
@@ -214,10 +178,10 @@ def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What has been packed with the same settings; others are refused."""
     path = folder / "pack.json"
     if not path.exists():
-        if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()):
+        if any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} holds something else; choose another destination")
         state = {"settings": settings, "files": {}}
-        write_atomically(path, _json(state))
+        _write(folder, state)
         return state
     state = json.loads(path.read_text())
     begun = state["settings"]
@@ -228,6 +192,10 @@ def _begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             + "; choose another destination or delete it"
         )
     return state
+
+
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    write_atomically(folder / "pack.json", (json.dumps(state, indent=1) + "\n").encode())
 
 
 def _verify(folder: Path, notes: dict[str, Any]) -> None:
@@ -242,25 +210,12 @@ def _verify(folder: Path, notes: dict[str, Any]) -> None:
             )
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``python -m bnlib pack``.
-
-    Parameters
-    ----------
-    argv
-        Its arguments; the process's own by default.
-
-    Returns
-    -------
-    int
-        Exit status: 0, or 1 with a message on standard error.
-    """
+def main(argv: Sequence[str]) -> int:
+    """The command ``python -m bnlib pack``; its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m bnlib pack", description="Write a smaller copy of a data set, fast to read."
+        prog="python -m bnlib pack",
+        description="Write a smaller copy of a data set, fast to read. "
+        "Started again after an interruption, it continues.",
     )
     parser.add_argument("source", help="folder, archives' folder or hf:NAME")
     parser.add_argument("destination", help="folder, made if need be")
@@ -277,26 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     source, destination = options.pop("source"), options.pop("destination")
     try:
-        for split, notes in pack(source, destination, **options).items():
-            images = sum(note["images"] for note in notes.values())
-            damaged = sum(len(note["damaged"]) for note in notes.values())
-            note = f", {damaged} damaged ones left out (damaged.tsv)" if damaged else ""
-            print(f"{Path(destination).expanduser() / split}: {images} images{note}")
-    except (SourceError, ValueError) as error:
-        print(f"pack: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"pack: {error}; start it again to continue", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        print(
-            f"pack: {error} Is memory short? Start it again with fewer --workers to continue",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("pack: interrupted; start it again to continue", file=sys.stderr)
-        return 130
+        packed = pack(source, destination, **options)
+    except (OSError, KeyboardInterrupt) as error:
+        print(f"pack: {str(error) or 'interrupted'}; start it again to continue", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    for split, notes in packed.items():
+        images = sum(note["images"] for note in notes.values())
+        damaged = sum(len(note["damaged"]) for note in notes.values())
+        note = f", {damaged} damaged ones left out (damaged.tsv)" if damaged else ""
+        print(f"{Path(destination).expanduser() / split}: {images} images{note}")
     return 0

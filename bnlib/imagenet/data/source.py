@@ -22,17 +22,7 @@ class SourceError(RuntimeError):
 
 
 class Example(NamedTuple):
-    """One image.
-
-    Attributes
-    ----------
-    data
-        The encoded image: the content of its file.
-    label
-        Index of its class in ``classes``.
-    name
-        What messages call it.
-    """
+    """One image: the content of its file, the index of its class, and what messages call it."""
 
     data: bytes
     label: int
@@ -40,21 +30,11 @@ class Example(NamedTuple):
 
 
 class Source(ABC):
-    """A sequence of encoded images with labels.
+    """A sequence of encoded images with labels."""
 
-    Attributes
-    ----------
-    classes
-        The classes' names; a label is an index into them.
-    labels
-        int64 (n,): the labels of all examples.
-    location
-        Where the images are, for messages.
-    """
-
-    classes: list[str]
-    labels: NDArray[np.int64]
-    location: str
+    classes: list[str]  # a label is an index into them
+    labels: NDArray[np.int64]  # of all examples
+    location: str  # for messages
     _fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -89,25 +69,11 @@ class Source(ABC):
 
 
 def check_classes(source: Source, trained: Sequence[str], where: str) -> None:
-    """Refuse images whose labels do not mean the classes that a network is trained on.
+    """Raise ``SourceError`` if labels do not mean the classes that a network is trained on.
 
     The same names must have the same numbers; classes at the end may be missing. As many classes
     with entirely different names pass: the same data set may name them by WordNet's ids or by
-    words.
-
-    Parameters
-    ----------
-    source
-        The images.
-    trained
-        The classes of the training set.
-    where
-        What was trained, or on what; for the message.
-
-    Raises
-    ------
-    SourceError
-        If the labels mean other classes; the message names the first that differs.
+    words. ``where`` says what was trained, or on what, for the message.
     """
     found = source.classes
     if len(found) == len(trained) and not set(found) & set(trained):

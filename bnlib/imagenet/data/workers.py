@@ -24,27 +24,13 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """A mini-batch as a worker returns it.
+    """A mini-batch as a worker returns it."""
 
-    Attributes
-    ----------
-    images
-        uint8 (N, 3, H, W), RGB.
-    labels
-        int64 (N,).
-    order
-        Of the photometric distortions, as :func:`bnlib.imagenet.data.augment.distort` takes it.
-    factors
-        Theirs, as the same function takes them.
-    damaged
-        The damaged images that were met: from name to reason.
-    """
-
-    images: Tensor
-    labels: Tensor
-    order: Tensor
+    images: Tensor  # uint8 (N, 3, H, W), RGB
+    labels: Tensor  # int64 (N,)
+    order: Tensor  # int64 (N, 3) and float32 (N, 3): as augment.distort takes them
     factors: Tensor
-    damaged: dict[str, str]
+    damaged: dict[str, str]  # the images that could not be read: from name to reason
 
 
 def read_example(source: Source, index: int) -> tuple[Encoded, int]:

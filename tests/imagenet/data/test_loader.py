@@ -120,13 +120,6 @@ def test_damaged_images_are_replaced_by_the_next_counted_and_named(
     assert_same(first(batches(source, whole, start_step=5), 3), got[5:])
 
 
-def test_a_damaged_image_is_an_error_where_that_is_wanted(folder: Path, tmp_path: Path) -> None:
-    damage(folder, tmp_path / "copy")
-    source = open_source(tmp_path / "copy", "train")
-    with pytest.raises(DamagedImage):
-        first(batches(source, SMALL, skip_damaged=False), 9)
-
-
 def test_a_data_set_that_cannot_be_read_at_all_ends_with_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path, train=4, val=0)
     source = open_source(tmp_path, "train")

@@ -67,7 +67,5 @@ def test_the_processes_parts_of_the_batches_are_disjoint_and_make_the_whole() ->
 def test_a_batch_that_cannot_be_divided_or_filled_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 3"):
         local_positions(0, 32, 0, 3)
-    with pytest.raises(ValueError, match="rank is 2"):
-        local_positions(0, 32, 2, 2)
     with pytest.raises(ValueError, match="at most 5"):
         steps_per_epoch(5, 32)

@@ -21,6 +21,7 @@ from image_sets import GOOD, damage
 from images import encoded, synthetic, write_folder
 from tqdm import tqdm
 
+from bnlib.__main__ import main as bnlib
 from bnlib.imagenet.data import pack
 from bnlib.imagenet.data.decode import DamagedImage, Encoded
 from bnlib.imagenet.data.folders import open_source
@@ -89,7 +90,7 @@ def test_a_data_set_of_damaged_images_alone_is_refused(
     (tmp_path / "images" / "train" / "ant").mkdir(parents=True)
     (tmp_path / "images" / "train" / "ant" / "1.png").write_bytes(b"no image")
     arguments = [str(tmp_path / "images"), str(tmp_path / "packed"), "--splits", "train"]
-    assert pack.main(arguments) == 1
+    assert bnlib(["pack", *arguments]) == 1
     assert "none of the 1 images" in capsys.readouterr().err
 
 
@@ -101,7 +102,7 @@ def test_a_packed_copy_with_a_changed_bit_is_noticed(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert pack.main([str(folder), str(tmp_path / "copy"), *SETTINGS]) == 1
+    assert bnlib(["pack", str(folder), str(tmp_path / "copy"), *SETTINGS]) == 1
     assert f"{path.name} is not what was packed" in capsys.readouterr().err
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(SourceError, match=r"val cannot be read"):
@@ -114,10 +115,13 @@ def test_a_packed_copy_with_a_changed_bit_is_noticed(
 def test_a_destination_begun_with_other_settings_is_refused(
     folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pack.main([str(folder), str(packed), "--shorter-side", "32", "--quality", "95"]) == 1
+    begun = ["pack", str(folder), str(packed)]
+    assert bnlib([*begun, "--shorter-side", "32", "--quality", "95"]) == 1
     assert "shorter_side 64 there, 32 now" in capsys.readouterr().err
-    assert pack.main([str(folder), str(packed), "--quality", "0"]) == 1
-    assert pack.main([str(folder / "nowhere"), str(packed)]) == 1
+    assert bnlib([*begun, "--quality", "0"]) == 1
+    assert "quality 0" in capsys.readouterr().err
+    assert bnlib(["pack", str(folder / "nowhere"), str(packed)]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_a_destination_with_something_else_or_in_the_source_is_refused(
@@ -126,11 +130,11 @@ def test_a_destination_with_something_else_or_in_the_source_is_refused(
     source = write_folder(tmp_path / "images", train=1, val=1)
     before = sorted(source.rglob("*"))
     for destination in (source, source / "train", source / "train" / "ant"):
-        assert pack.main([str(source), str(destination)]) == 1
+        assert bnlib(["pack", str(source), str(destination)]) == 1
         assert "choose another destination" in capsys.readouterr().err
     (tmp_path / "other" / "train").mkdir(parents=True)
     (tmp_path / "other" / "train" / "thesis.tex").write_text("")
-    assert pack.main([str(source), str(tmp_path / "other")]) == 1
+    assert bnlib(["pack", str(source), str(tmp_path / "other")]) == 1
     assert "holds something else" in capsys.readouterr().err
     assert sorted(source.rglob("*")) == before
 
@@ -204,7 +208,7 @@ def complete_files(folder: Path) -> dict[Path, int]:
     return {folder / name: (folder / name).stat().st_mtime_ns for name in names}
 
 
-def test_a_full_disk_is_reported_and_packing_continues_when_there_is_room(
+def test_a_full_disk_and_an_interruption_are_reported_and_packing_continues_after_them(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,9 +217,11 @@ def test_a_full_disk_is_reported_and_packing_continues_when_there_is_room(
     monkeypatch.setattr(pack, "IMAGES_PER_FILE", 10)
     write = pack.write_atomically
 
+    error: BaseException = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def full(path: Path, data: bytes) -> None:
         if path.name.startswith("data-00002"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         write(path, data)
 
     monkeypatch.setattr(pack, "write_atomically", full)
@@ -224,6 +230,9 @@ def test_a_full_disk_is_reported_and_packing_continues_when_there_is_room(
         assert pack.main([*arguments, workers]) == 1
         assert "No space left on device; start it again to continue" in capsys.readouterr().err
         assert len(complete_files(tmp_path / "train")) == 2
+    error = KeyboardInterrupt()
+    assert pack.main([*arguments, "1"]) == 130
+    assert "interrupted; start it again to continue" in capsys.readouterr().err
     monkeypatch.setattr(pack, "write_atomically", write)
     assert pack.main([*arguments, "1"]) == 0
     assert len(open_source(tmp_path, "train")) == 36
@@ -246,8 +255,8 @@ def test_a_worker_that_dies_is_reported(
     arguments = [str(folder), str(tmp_path), "--splits", "train"]
     with monkeypatch.context() as patched:
         patched.setattr(pack, "repacked", dying)
-        assert pack.main([*arguments, "--workers", "2"]) == 1
-    assert "Is memory short? Start it again with fewer --workers" in capsys.readouterr().err
+        assert bnlib(["pack", *arguments, "--workers", "2"]) == 1
+    assert "Is memory short? Try fewer --workers" in capsys.readouterr().err
     assert pack.main([*arguments, "--workers", "1"]) == 0
 
 
@@ -265,7 +274,7 @@ def test_a_source_that_disappears_is_not_taken_for_damaged_images(
     monkeypatch.setattr(pack, "open_source", lambda *_: source)
     monkeypatch.setattr(pack, "IMAGES_PER_FILE", 12)
     arguments = [str(tmp_path / "images"), str(tmp_path / "packed"), "--splits", "train"]
-    assert pack.main([*arguments, "--workers", workers]) == 1
+    assert bnlib(["pack", *arguments, "--workers", workers]) == 1
     assert "11 images of" in (message := capsys.readouterr().err)
     assert "is it still there?" in message
     assert "Traceback" not in message

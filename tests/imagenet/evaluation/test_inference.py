@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as theirs
 
 from bnlib.imagenet.data import augment
-from bnlib.imagenet.data.decode import decode
+from bnlib.imagenet.data.decode import Encoded
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.source import Source
 from bnlib.imagenet.evaluation.crops import cropped
@@ -97,7 +97,7 @@ def test_an_images_probabilities_are_the_mean_over_its_crops(
     found = said(network, source, 32, crops, batch=batch)
     assert found.shape == (6, 3)
     for index, logs in enumerate(found):
-        parts = torch.stack(cropped(decode(source[index].data), 32, crops)).float()
+        parts = torch.stack(cropped(Encoded(source[index].data).decode(), 32, crops)).float()
         with torch.no_grad():
             expected = network(augment.normalize(parts)).softmax(1).mean(0)
         torch.testing.assert_close(logs.exp(), expected)
