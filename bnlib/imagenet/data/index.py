@@ -69,7 +69,7 @@ def read_index(path: Path, valid_for: dict[str, Any]) -> tuple[Listing, str] | N
         return None
     try:
         content = np.memmap(path, mode="r")
-        if content[-32:].tobytes() != hashlib.sha256(content[:-32]).digest():
+        if content[-32:].tobytes() != hashlib.sha256(content[:-32].data).digest():
             raise ValueError("its content has changed since it was written")
         record = np.load(path, mmap_mode="r")[0]
         # plain arrays: slices of np.memmap are slow
