@@ -1,9 +1,8 @@
 """Real handwritten digits as tensors: MNIST, or the small set that scikit-learn bundles.
 
-MNIST (60,000 + 10,000 images) is read from ``$BNLIB_DATA/MNIST/raw`` or downloaded by torchvision
-into it; every file is compared with its published checksum before it is believed. Where it cannot
-be had, ``dataset="auto"`` falls back to the 1,797 digits of scikit-learn (the test part of the UCI
-"Optical Recognition of Handwritten Digits" set), enlarged from 8x8 to 28x28, and says so.
+MNIST is read from ``$BNLIB_DATA/MNIST/raw``, into which torchvision downloads it; every file is
+compared with its published checksum. The digits of scikit-learn are the test part of the UCI
+"Optical Recognition of Handwritten Digits" set, enlarged from 8x8 to 28x28.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from torch import Tensor
 
 DATASETS = ("auto", "mnist", "digits")
 _LOGGER = logging.getLogger(__name__)
+_RAW = Path("MNIST", "raw")
 _MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-_DIGITS_TRAINING = 1500
+_DOWNLOAD_SECONDS = 20.0
 
 
 class DataError(RuntimeError):
@@ -38,92 +38,48 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Digits:
-    """Handwritten digits, 28x28, as tensors.
+    """Handwritten digits, 28x28: images are uint8, 0 (paper) to 255 (ink), labels int64, 0 to 9."""
 
-    Attributes
-    ----------
-    name
-        ``"MNIST"`` or ``"digits"``; put it into every title that shows a number measured on it.
-    train_images
-        uint8 tensor of shape ``(N, 784)``, intensities 0 (paper) to 255 (ink).
-    train_labels
-        int64 tensor of shape ``(N,)``, values 0 to 9.
-    test_images
-        As ``train_images``, for testing.
-    test_labels
-        As ``train_labels``, for testing.
-    """
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    name: str  #: "MNIST" or "digits"; for every title that shows a number measured on it
+    train_images: Tensor  #: (N, 784)
+    train_labels: Tensor  #: (N,)
+    test_images: Tensor  #: (M, 784)
+    test_labels: Tensor  #: (M,)
 
     @property
     def sha256(self) -> str:
         """Hash of the pixels and labels, for a recorded run's manifest."""
         digest = hashlib.sha256()
-        parts = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        for tensor in parts:
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
-def binarize(images: Tensor, threshold: float = 0.5) -> Tensor:
-    """The binary image of section 4.1: 1 where the ink is darker than ``threshold``.
-
-    The paper does not state its threshold.
-
-    Parameters
-    ----------
-    images
-        uint8 intensities, any shape.
-    threshold
-        Fraction of full intensity, from 0 (every trace of ink counts) to just below 1.
-
-    Returns
-    -------
-    Tensor
-        float32 zeros and ones of the same shape.
-
-    Raises
-    ------
-    TypeError
-        If the images are not uint8.
-    ValueError
-        If the threshold lies outside [0, 1).
-    """
+def _check_intensities(images: Tensor) -> None:
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8 intensities 0..255, got {images.dtype}")
+
+
+def binarize(images: Tensor, threshold: float = 0.5) -> Tensor:
+    """The binary image of section 4.1, float32: 1 where the ink is darker than ``threshold``.
+
+    The threshold, which the paper does not state, is a fraction of full intensity, from 0 (every
+    trace of ink counts) to just below 1; another is a ValueError. ``images`` are uint8 intensities
+    of any shape; another type is a TypeError.
+    """
+    _check_intensities(images)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     return (images > 255 * threshold).float()
 
 
 def half_size(images: Tensor) -> Tensor:
-    """The image at half its resolution, each pixel the mean of four: 14x14 instead of 28x28.
+    """Images at half their resolution, from 0 to 1 (ink): ``(N, 784)`` uint8, ``(N, 196)`` float32.
 
-    A network on a quarter of the inputs trains several times faster; chapters that train dozens of
-    networks use it.
-
-    Parameters
-    ----------
-    images
-        uint8 intensities, ``(N, 784)``.
-
-    Returns
-    -------
-    Tensor
-        float32 of shape ``(N, 196)``, intensities 0 (paper) to 1 (ink).
-
-    Raises
-    ------
-    TypeError
-        If the images are not uint8.
+    Each pixel is the mean of four. A network on a quarter of the inputs trains several times
+    faster, which chapters that train dozens of networks need.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8 intensities 0..255, got {images.dtype}")
+    _check_intensities(images)
     squares = images.view(-1, 1, 28, 28).float() / 255
     return torch.nn.functional.avg_pool2d(squares, 2).flatten(1)
 
@@ -134,18 +90,15 @@ def data_root() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "bnlib"
 
 
-def load(dataset: str = "auto", *, root: Path | None = None, seconds: float = 20) -> Digits:
+def load(dataset: str = "auto") -> Digits:
     """Load handwritten digits.
 
     Parameters
     ----------
     dataset
         ``"mnist"``; ``"digits"`` for the set bundled with scikit-learn; ``"auto"`` for MNIST if it
-        is on disk or can be downloaded within ``seconds``, else digits, with a warning in the log.
-    root
-        Folder that holds (or shall hold) ``MNIST/raw``; :func:`data_root` by default.
-    seconds
-        Longest time to spend on a download.
+        is under :func:`data_root` or can be downloaded there within 20 seconds, else digits, with a
+        warning in the log.
 
     Raises
     ------
@@ -157,13 +110,10 @@ def load(dataset: str = "auto", *, root: Path | None = None, seconds: float = 20
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
-    if dataset == "digits":
-        return _bundled()
-    root = root or data_root()
-    folder = root / "MNIST" / "raw"
-    if not any((folder / name).exists() for name in _MNIST_MD5):
+    root = data_root()
+    if dataset != "digits" and not any((root / _RAW / name).exists() for name in _MNIST_MD5):
         try:
-            _download(root, seconds)
+            _download(root)
         except DataError as error:
             if dataset == "mnist":
                 raise
@@ -172,15 +122,15 @@ def load(dataset: str = "auto", *, root: Path | None = None, seconds: float = 20
                 "digits bundled with scikit-learn, which are not MNIST.",
                 error,
             )
-            return _bundled()
-    return _mnist(root)
+            dataset = "digits"
+    return _bundled() if dataset == "digits" else _mnist(root)
 
 
 @lru_cache(maxsize=2)
 def _mnist(root: Path) -> Digits:
     from torchvision.datasets import MNIST
 
-    folder = root / "MNIST" / "raw"
+    folder = root / _RAW
     for name, expected in _MNIST_MD5.items():
         path = folder / name
         if not path.exists():
@@ -194,37 +144,30 @@ def _mnist(root: Path) -> Digits:
                 f"{path} is damaged or incomplete ({path.stat().st_size} bytes, md5 {found}, "
                 f"expected {expected}); delete {folder} to have it downloaded again"
             )
-    train = MNIST(root=str(root), train=True, download=False)
-    test = MNIST(root=str(root), train=False, download=False)
+    train, test = MNIST(root=str(root)), MNIST(root=str(root), train=False)
     return Digits("MNIST", train.data.flatten(1), train.targets, test.data.flatten(1), test.targets)
 
 
-def _download(root: Path, seconds: float) -> None:
-    """Download MNIST into a folder beside its place and rename it, within ``seconds``.
-
-    torchvision's downloader knows the mirrors and the archives' checksums but no time limit, so
-    it runs in a process that can be stopped.
-    """
-    destination = root / "MNIST" / "raw"
+def _download(root: Path) -> None:
+    """Download MNIST beside its place, in a process that can be stopped, and move it there."""
+    destination = root / _RAW
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=root, prefix=".download-")
     except OSError as error:
         raise DataError(f"cannot write to {root}: {error.strerror}") from error
-    program = (
-        "import sys\nfrom torchvision.datasets import MNIST\n"
-        "MNIST(root=sys.argv[1], download=True)\n"
-    )
     with scratch as folder:
-        command = [sys.executable, "-c", program, folder]
+        program = f"from torchvision.datasets import MNIST; MNIST({folder!r}, download=True)"
+        command = [sys.executable, "-c", program]
+        limit = _DOWNLOAD_SECONDS
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            raise DataError(f"the download did not finish within {seconds:g} seconds") from None
+            raise DataError(f"the download did not finish within {limit:g} seconds") from None
         except subprocess.CalledProcessError as error:
             last = (error.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(f"the download failed: {last}") from None
-        downloaded = Path(folder) / "MNIST" / "raw"
+        downloaded = Path(folder, _RAW)
         for archive in downloaded.glob("*.gz"):
             archive.unlink()
         if destination.exists():
@@ -245,5 +188,4 @@ def _bundled() -> Digits:
     # The set is ordered by writer in stretches; a fixed shuffle makes the two parts alike.
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     pixels, targets = pixels[order], targets[order]
-    cut = _DIGITS_TRAINING
-    return Digits("digits", pixels[:cut], targets[:cut], pixels[cut:], targets[cut:])
+    return Digits("digits", pixels[:1500], targets[:1500], pixels[1500:], targets[1500:])

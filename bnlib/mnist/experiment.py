@@ -31,58 +31,26 @@ _CLASSES = 10
 
 @dataclass(frozen=True)
 class Figure1:
-    """Everything that determines the experiment.
+    """Everything that determines the experiment; a ValueError names the field that cannot be."""
 
-    Attributes
-    ----------
-    normalize
-        Batch-normalize the input of every hidden sigmoid.
-    learning_rate
-        Of plain stochastic gradient descent on the mean cross-entropy (not in the paper).
-    weight_std
-        Standard deviation of the initial weights ("small" in the paper).
-    seeds
-        One network each; a seed fixes weights and mini-batches.
-    steps
-        50,000, as in the paper.
-    batch_size
-        60 examples, as in the paper.
-    hidden
-        Three layers of 100 sigmoids, as in the paper.
-    threshold
-        Ink above this fraction of full intensity is 1 (not in the paper).
-    eps
-        Added to the variance (not in the paper).
-    dataset
-        As in :func:`bnlib.mnist.digits.load`.
-    evaluate_every
-        Steps between evaluations; the network is also evaluated before the first step.
-    population_batches
-        Training mini-batches that Algorithm 2 averages over at each evaluation.
-    """
-
-    normalize: bool = True
-    learning_rate: float = 0.1
-    weight_std: float = 0.1
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    steps: int = 50_000
-    batch_size: int = 60
-    hidden: tuple[int, ...] = (100, 100, 100)
-    threshold: float = 0.5
-    eps: float = 1e-5
-    dataset: str = "auto"
-    evaluate_every: int = 500
-    population_batches: int = 50
+    normalize: bool = True  #: batch-normalize the input of every hidden sigmoid
+    learning_rate: float = 0.1  #: of plain stochastic gradient descent; not in the paper
+    weight_std: float = 0.1  #: standard deviation of the initial weights ("small" in the paper)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  #: one network each, its weights and mini-batches
+    steps: int = 50_000  #: as in the paper
+    batch_size: int = 60  #: as in the paper
+    hidden: tuple[int, ...] = (100, 100, 100)  #: sigmoids of each layer, as in the paper
+    threshold: float = 0.5  #: ink above this fraction of full intensity is 1; not in the paper
+    eps: float = 1e-5  #: added to the variance; not in the paper
+    dataset: str = "auto"  #: as in :func:`bnlib.mnist.digits.load`
+    evaluate_every: int = 500  #: steps between evaluations, of which the first is before training
+    population_batches: int = 50  #: mini-batches that Algorithm 2 averages over at an evaluation
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 2),
-            ("evaluate_every", 1),
-            ("population_batches", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"steps": 1, "batch_size": 2, "evaluate_every": 1, "population_batches": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
         for name in ("learning_rate", "weight_std", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -104,40 +72,23 @@ class Network:
 
 @dataclass(frozen=True)
 class History:
-    """What training left behind, for ``S`` networks at ``T`` evaluations.
-
-    Attributes
-    ----------
-    config
-        The configuration.
-    networks
-        The ``S`` networks.
-    dataset
-        Name and sha256 of the data: ``{"name": "MNIST", "sha256": ...}``.
-    steps
-        ``(T,)``: steps taken at each evaluation, from 0.
-    test_accuracy
-        ``(S, T)``: fraction of the test set classified correctly, with population statistics.
-    test_accuracy_batch
-        ``(S, T)``: the same with the statistics of test mini-batches of ``batch_size``.
-    train_loss
-        ``(S, T)``: mean cross-entropy in nats over the steps since the last evaluation; NaN at
-        step 0, and from the step at which a network diverged; from there on it answers at chance.
-    percentiles
-        ``(S, T, 3, units)``: the ``PERCENTILES`` of the input to each sigmoid of the last
-        hidden layer, over the first 2,000 test images.
-    inputs
-        ``(S, T, 2000, units)`` in half precision, those inputs themselves; None unless kept.
-    """
+    """What training left behind, for ``S`` networks at ``T`` evaluations."""
 
     config: Figure1
-    networks: tuple[Network, ...]
-    dataset: dict[str, str]
-    steps: np.ndarray
+    networks: tuple[Network, ...]  #: the ``S`` networks
+    dataset: dict[str, str]  #: name and sha256 of the data
+    steps: np.ndarray  #: (T,), steps taken at each evaluation, from 0
+    #: (S, T), fraction of the test set classified correctly, with population statistics
     test_accuracy: np.ndarray
+    #: (S, T), the same with the statistics of test mini-batches of ``batch_size``
     test_accuracy_batch: np.ndarray
+    #: (S, T), mean cross-entropy in nats over the steps since the last evaluation; NaN at step 0,
+    #: and from where a network diverged, which from there on answers at chance
     train_loss: np.ndarray
+    #: (S, T, 3, units), the ``PERCENTILES`` of the input to each sigmoid of the last hidden layer,
+    #: over the first 2,000 test images
     percentiles: np.ndarray
+    #: (S, T, 2000, units), those inputs themselves in half precision; None unless kept
     inputs: np.ndarray | None = None
 
     def drift(self) -> np.ndarray:
@@ -166,25 +117,15 @@ def train(
     keep_inputs: bool = False,
     progress: bool = False,
 ) -> History:
-    """Run the experiment for several networks at once.
+    """Run the experiment for several networks at once, which do not influence one another.
 
     Parameters
     ----------
-    config
-        The experiment.
     networks
-        The networks; by default one for each of ``config.seeds`` with the configuration's
-        learning rate and deviation. A sweep names its own.
+        By default one for each of ``config.seeds`` with the configuration's learning rate and
+        deviation. A sweep names its own.
     keep_inputs
         Also keep the sigmoid inputs themselves, for an animation.
-    progress
-        Show a progress bar.
-
-    Returns
-    -------
-    History
-        Curves of every network. The result depends on the configuration and the network's seed;
-        networks do not influence one another.
 
     Raises
     ------
@@ -229,21 +170,10 @@ def train(
 
 
 def build(config: Figure1, networks: Sequence[Network], *, inputs: int) -> nn.Sequential:
-    """The networks as a stack, each with weights drawn from its own seed.
+    """The networks as a stack, each with weights drawn from its own seed, for ``inputs`` pixels.
 
-    Parameters
-    ----------
-    config
-        The experiment, of which ``normalize``, ``hidden`` and ``eps`` count.
-    networks
-        Seed and weight deviation of each. Biases and beta start at 0, gamma at 1.
-    inputs
-        Pixels of an image.
-
-    Returns
-    -------
-    torch.nn.Sequential
-        Each hidden layer computes ``sigmoid(BN(W u))``, or ``sigmoid(W u + b)``.
+    Each hidden layer computes ``sigmoid(BN(W u))``, or ``sigmoid(W u + b)``. Biases and beta start
+    at 0, gamma at 1.
     """
 
     def block(channels: int) -> list[nn.Module]:
@@ -274,42 +204,31 @@ def _evaluate(
     keep_inputs: bool,
 ) -> dict[str, np.ndarray]:
     """One row of the history; ``sample`` gives the mini-batches of Algorithm 2."""
-    batch_accuracy = None
     if config.normalize:
-        batch_accuracy = _accuracy_with_batch_statistics(
-            model, test, labels, networks, config.batch_size
-        )
-        # Replaces the running statistics, which training and the line above have moved.
+        m = config.batch_size
+        whole = len(test) - len(test) % m
+        # First with the statistics of test mini-batches ...
+        model.train()
+        logits = [model(x.repeat(1, networks)).view(m, networks, -1) for x in test[:whole].split(m)]
+        correct = torch.cat(logits).argmax(2) == labels[:whole, None]
+        # ... then with those of Algorithm 2, which replace the running ones.
         population_statistics(
             model,
             (x.transpose(0, 1).flatten(1) for x, _ in islice(sample, config.population_batches)),
         )
-    test_accuracy = stacks.accuracy(model, test, labels, networks).numpy()
+    accuracy = stacks.accuracy(model, test, labels, networks)
     # All but the last sigmoid and the linear layer above it.
     inputs = stacks.predict(model[:-2], test[:_MONITORED], networks)
     ranks = torch.tensor(PERCENTILES) / 100
     percentiles = torch.quantile(inputs.mT.contiguous(), ranks, dim=2)  # (3, S, units)
     row = {
-        "test_accuracy": test_accuracy,
-        "test_accuracy_batch": test_accuracy if batch_accuracy is None else batch_accuracy,
+        "test_accuracy": accuracy.numpy(),
+        "test_accuracy_batch": (correct.float().mean(0) if config.normalize else accuracy).numpy(),
         "percentiles": percentiles.transpose(0, 1).numpy(),
     }
     if keep_inputs:
         row["inputs"] = inputs.half().numpy()
     return row
-
-
-def _accuracy_with_batch_statistics(
-    model: nn.Sequential, test: Tensor, labels: Tensor, networks: int, batch_size: int
-) -> np.ndarray:
-    """Test accuracy where test mini-batches are normalized with their own statistics."""
-    whole = len(test) - len(test) % batch_size
-    model.train()
-    correct = torch.zeros(networks)
-    for x, y in zip(test[:whole].split(batch_size), labels[:whole].split(batch_size), strict=True):
-        logits = model(x.repeat(1, networks)).view(batch_size, networks, -1)
-        correct += (logits.argmax(2) == y[:, None]).sum(0)
-    return (correct / whole).numpy()
 
 
 def grid(
@@ -321,7 +240,5 @@ def grid(
 
 def both(config: Figure1, **options: Any) -> tuple[History, History]:
     """Train with and without batch normalization, all else equal: ``(with, without)``."""
-    return (
-        train(replace(config, normalize=True), **options),
-        train(replace(config, normalize=False), **options),
-    )
+    normalized, plain = replace(config, normalize=True), replace(config, normalize=False)
+    return train(normalized, **options), train(plain, **options)

@@ -1,13 +1,10 @@
 """Many small networks of any kind trained at once, as one network with as many times the channels.
 
-A chapter compares several networks over several seeds. Side by side, a *stack* of ``S`` networks
-is one network whose activations have ``S`` times the channels: an activation of shape ``(m, C)``
-or ``(m, C, H, W)`` becomes ``(m, S * C)`` or ``(m, S * C, H, W)``, network after network. Whatever
-treats channels apart works unchanged: :class:`bnlib.modules.BatchNorm`, every nonlinearity,
-``torch.nn.Dropout``, and ``torch.nn.Conv2d`` with ``groups=S``. Only the linear layer needs a
-counterpart, :class:`StackedLinear`.
-
-``benchmarks/mnist_step.py`` compares a training step with that of the loop over single networks.
+A *stack* of ``S`` networks is one network whose activations have ``S`` times the channels: one of
+shape ``(m, C)`` or ``(m, C, H, W)`` becomes ``(m, S * C)`` or ``(m, S * C, H, W)``, network after
+network. Whatever treats channels apart works unchanged: :class:`bnlib.modules.BatchNorm`, every
+nonlinearity, ``torch.nn.Dropout``, and ``torch.nn.Conv2d`` with ``groups=S``. Only the linear layer
+needs a counterpart, :class:`StackedLinear`.
 """
 
 from __future__ import annotations
@@ -22,35 +19,22 @@ __all__ = ["StackedLinear", "accuracy", "mini_batches", "predict", "stacked_perc
 
 
 class StackedLinear(nn.Module):
-    """``S`` linear layers side by side.
+    """``S`` linear layers side by side, ``networks`` of them.
 
-    Parameters
-    ----------
-    networks
-        How many layers, ``S``.
-    inputs, outputs
-        Features of each.
-    bias
-        Whether each output has a bias; it starts at 0.
-    gain
-        The weights are Gaussian with standard deviation ``gain / sqrt(inputs)``, drawn from
-        torch's global generator.
-
-    Attributes
-    ----------
-    weight
-        ``(S, inputs, outputs)``.
-    bias
-        ``(S * outputs,)``, or None.
+    ``weight`` has the shape ``(S, inputs, outputs)`` and is Gaussian with standard deviation
+    ``gain / sqrt(inputs)``, drawn from torch's global generator; ``bias``, which starts at 0, has
+    the shape ``(S * outputs,)``, or is None.
     """
 
     def __init__(
         self, networks: int, inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0
     ) -> None:
         super().__init__()
-        for name, value in (("networks", networks), ("inputs", inputs), ("outputs", outputs)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if min(networks, inputs, outputs) < 1:
+            raise ValueError(
+                "networks, inputs and outputs must be at least 1, got "
+                f"{networks}, {inputs}, {outputs}"
+            )
         self.weight = nn.Parameter(gain / inputs**0.5 * torch.randn(networks, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(networks * outputs)) if bias else None
 
@@ -60,23 +44,7 @@ class StackedLinear(nn.Module):
         return f"{networks} x ({inputs} -> {outputs}), bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each network's ``W u + b``.
-
-        Parameters
-        ----------
-        x
-            ``(m, S * inputs)``.
-
-        Returns
-        -------
-        Tensor
-            ``(m, S * outputs)``.
-
-        Raises
-        ------
-        ValueError
-            If ``x`` has another shape.
-        """
+        """Each network's ``W u + b``: ``(m, S * inputs)`` to ``(m, S * outputs)``."""
         networks, inputs, _ = self.weight.shape
         if x.ndim != 2 or x.shape[1] != networks * inputs:
             raise ValueError(
@@ -101,12 +69,12 @@ def stacked_perceptron(
 ) -> nn.Sequential:
     """Fully connected networks side by side: linear layer, block, linear layer, block, ..., linear.
 
+    It maps ``(m, S * inputs)`` to logits ``(m, S * classes)``.
+
     Parameters
     ----------
-    networks
-        How many networks, ``S``.
     sizes
-        Inputs, hidden units of each layer, classes: ``(196, 100, 100, 10)``.
+        Inputs, hidden units of each layer (one at least), classes: ``(196, 100, 100, 10)``.
     block
         Called with the number of channels of each hidden layer (units times ``S``); returns what
         follows the linear layer there, as ``lambda n: [BatchNorm(n), nn.ReLU()]``.
@@ -114,16 +82,6 @@ def stacked_perceptron(
         Whether the hidden linear layers have a bias. The last one always has.
     gain
         As in :class:`StackedLinear`.
-
-    Returns
-    -------
-    torch.nn.Sequential
-        Maps ``(m, S * inputs)`` to logits ``(m, S * classes)``.
-
-    Raises
-    ------
-    ValueError
-        If ``sizes`` names no hidden layer.
     """
     if len(sizes) < 3:
         raise ValueError(
@@ -142,28 +100,23 @@ def mini_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless mini-batches, each seed in an order of its own, each epoch without replacement.
 
+    Yields ``x`` of shape ``(S, size, inputs)``, which is overwritten by the next one, and labels
+    ``(S, size)``. What remains of an epoch is left out.
+
     Parameters
     ----------
     images, labels
-        ``(N, inputs)`` float32 and ``(N,)`` int64.
-    size
-        Examples a mini-batch, at most ``N``. What remains of an epoch is left out.
+        ``(N, inputs)`` float32 and ``(N,)`` int64; ``size`` is at most ``N``.
     seeds
         One per network.
     stream
         Another number gives an independent order for the same seeds.
-
-    Yields
-    ------
-    x, labels
-        ``(S, size, inputs)`` and ``(S, size)``. ``x`` is overwritten by the next one. In memory
-        it lies as ``(size, S * inputs)``, the layout of a stack.
     """
     count = len(images)
     if size > count:
         raise ValueError(f"a mini-batch of {size} cannot be drawn from {count} examples")
     generators = [torch.Generator().manual_seed((stream + 1) * 1_000_003 + seed) for seed in seeds]
-    x = torch.empty(len(seeds) * size, images.shape[1])
+    x = torch.empty(len(seeds) * size, images.shape[1])  # in the layout of a stack
     while True:
         order = torch.stack([torch.randperm(count, generator=each) for each in generators])
         for start in range(0, count - size + 1, size):
@@ -181,16 +134,16 @@ def train(
 ) -> Tensor:
     """Plain stochastic gradient descent on each network's mean cross-entropy, in place.
 
+    A network that diverges does not disturb the others. When training ends, all its parameters
+    and statistics are set to zero: it then answers at chance.
+
     Parameters
     ----------
     model
         Maps ``(m, S * inputs)`` to ``(m, S * classes)``. The leading axis of each of its parameters
         counts channels, or networks. It is left in training mode.
     batches
-        Yields ``x`` of shape ``(S, m, inputs)`` and labels ``(S, m)``, as
-        :func:`mini_batches` does.
-    steps
-        Steps to take.
+        As those of :func:`mini_batches`.
     learning_rate
         One for all, or one for each network.
 
@@ -199,11 +152,6 @@ def train(
     Tensor
         ``(steps, S)``: the loss in nats before each step; NaN from the first step at which it was
         not finite.
-
-    Notes
-    -----
-    A network that diverges does not disturb the others. When training ends, all its parameters
-    and statistics are set to zero: it then answers at chance.
     """
     model.train()
     rate = torch.as_tensor(learning_rate, dtype=torch.float64)
@@ -246,30 +194,15 @@ def _zero_diverged(model: nn.Module, diverged: Tensor) -> None:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, networks: int, *, chunk: int = 1000) -> Tensor:
-    """Every network's logits for the same images, in evaluation mode.
+def predict(model: nn.Module, images: Tensor, networks: int) -> Tensor:
+    """Every network's logits in evaluation mode, ``(S, N, classes)``, for images ``(N, inputs)``.
 
-    Parameters
-    ----------
-    model
-        As for :func:`train`. Its mode is left as it was.
-    images
-        ``(N, inputs)``.
-    networks
-        ``S``.
-    chunk
-        Images to pass at once.
-
-    Returns
-    -------
-    Tensor
-        ``(S, N, classes)``.
+    The model is as for :func:`train`; its mode is left as it was.
     """
     training = model.training
     model.eval()
     logits = [
-        model(part.repeat(1, networks)).view(len(part), networks, -1)
-        for part in images.split(chunk)
+        model(part.repeat(1, networks)).view(len(part), networks, -1) for part in images.split(1000)
     ]
     model.train(training)
     return torch.cat(logits).transpose(0, 1)

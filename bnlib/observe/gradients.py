@@ -1,15 +1,13 @@
 """What comes back through a network: gradients, Jacobians, and covariate shift as gradients see it.
 
 Everything here leaves the model as it was: parameters, buffers, ``.grad`` and the random-number
-state are as before when a function returns, and no hook stays.
-
-The paper defines internal covariate shift through distributions. :func:`gradient_shift` is the
-later definition of Santurkar et al. (2018), which asks what the layer that learns would notice:
-how much its own gradient changes when the layers before it take their step.
+state are as before when a function returns, and no hook stays. ``layers`` are names or modules, as
+in :func:`bnlib.observe.find_layers`; a layer's parameters include those of the modules inside it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,7 +27,6 @@ __all__ = [
     "snapshot",
 ]
 
-
 Layers = str | nn.Module | Sequence[str | nn.Module]
 
 
@@ -48,22 +45,11 @@ def _trainable_parameters(model: nn.Module, layers: Layers | None) -> dict[str, 
 def gradient_norms(
     loss: Tensor, model: nn.Module, layers: Layers | None = None
 ) -> dict[str, float]:
-    """The norm of the loss's gradient with respect to each layer's parameters.
+    """The norm of the loss's gradient with respect to each layer's parameters, by layer name.
 
-    Parameters
-    ----------
-    loss
-        A scalar with a graph; the graph is kept, and ``.grad`` is not touched, so
-        ``loss.backward()`` may follow.
-    model, layers
-        As in :func:`bnlib.observe.find_layers`. A layer's parameters include those of the modules
-        inside it.
-
-    Returns
-    -------
-    dict
-        From layer name to the Euclidean norm over all its trainable parameters; 0 where the loss
-        does not depend on them.
+    It is the Euclidean norm over all trainable parameters of the layer, 0 where the loss does not
+    depend on them. ``loss`` is a scalar, whose graph is kept, so ``loss.backward()`` may follow.
+    Without ``layers``, every module's own parameters count.
 
     Raises
     ------
@@ -86,16 +72,12 @@ def gradient_norms(
 
 
 def activation_gradients(
-    model: nn.Module,
-    layers: Layers,
-    loss: Callable[[], Tensor],
+    model: nn.Module, layers: Layers, loss: Callable[[], Tensor]
 ) -> dict[str, list[Tensor]]:
     """The gradient of the loss with respect to what each layer puts out.
 
     Parameters
     ----------
-    model, layers
-        As in :class:`bnlib.observe.ActivationRecorder`.
     loss
         Runs the model and returns the scalar loss. It is called once, as the caller would.
 
@@ -156,20 +138,13 @@ def layer_jacobian(module: nn.Module, x: Tensor, index: int = 0) -> Tensor:
     x
         ``(N, ...)``, floating point; N may be 1.
     index
-        Which example.
+        Which example; one that is not there is a ValueError.
 
     Returns
     -------
     Tensor
         ``(outputs, inputs)``, both flattened. ``torch.linalg.svdvals`` gives what section 3.3 of
         the paper speaks of.
-
-    Raises
-    ------
-    ValueError
-        If ``index`` is no example of ``x``.
-    TypeError
-        If ``x`` is not floating point.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point to be differentiated, got {x.dtype}")
@@ -191,22 +166,11 @@ def layer_jacobian(module: nn.Module, x: Tensor, index: int = 0) -> Tensor:
 
 
 class GradientShift(NamedTuple):
-    """How one layer's gradient changed when the layers before it moved.
+    """How one layer's gradient ``G`` changed, to ``G'``, when the layers before it moved."""
 
-    Attributes
-    ----------
-    distance
-        ``|G - G'|``, Euclidean, in the unit of the gradient.
-    cosine
-        The cosine of the angle between ``G`` and ``G'``: 1 where the direction stays, 0 where a
-        right angle opens; NaN where a gradient is zero.
-    norm
-        ``|G|``, before the earlier layers moved.
-    """
-
-    distance: float
-    cosine: float
-    norm: float
+    distance: float  #: ``|G - G'|``, Euclidean, in the unit of the gradient
+    cosine: float  #: of the angle between ``G`` and ``G'``; NaN where a gradient is zero
+    norm: float  #: ``|G|``
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -223,21 +187,20 @@ def gradient_shift(
 ) -> dict[str, GradientShift]:
     """How much each layer's gradient changes when only the layers before it take their step.
 
+    The paper defines internal covariate shift through distributions. This is the later definition
+    of Santurkar et al. (2018), which asks what the layer that learns would notice.
+
     Parameters
     ----------
-    model
-        Any module. Its parameters, buffers, ``.grad`` and the random-number state are as before
-        when this returns.
     before, after
-        Its parameters before and after the step, from :func:`snapshot`.
+        The model's parameters before and after the step, from :func:`snapshot`.
     loss
         Runs the model on one fixed mini-batch and returns the scalar loss. It is called once for
-        each layer and once more, always from the same random-number state, so that dropout draws
-        the same mask.
+        each layer, always from the same random-number state, so that dropout draws the same mask.
     layers
-        Names or modules, ordered from the input to the output, none inside another; by default
-        every module with trainable parameters of its own, in the order of their definition.
-        Parameters of no such layer keep their values from before the step.
+        Ordered from the input to the output, none inside another; by default every module with
+        trainable parameters of its own, in the order of their definition. Parameters of no such
+        layer keep their values from before the step.
 
     Returns
     -------
@@ -266,25 +229,21 @@ def gradient_shift(
             )
     groups = _trainable_parameters(model, layers)
     names = {id(p): name for name, p in parameters.items()}
-    members = [id(p) for group in groups.values() for p in group]
-    twice = [names[i] for i in dict.fromkeys(members) if members.count(i) > 1]
+    every = [p for group in groups.values() for p in group]
+    twice = [names[i] for i, count in Counter(map(id, every)).items() if count > 1]
     if twice:
         raise ValueError(
             f"two of the layers share the parameter {twice[0]!r}, so neither comes before the "
             "other; name layers that do not overlap"
         )
-    every = [p for group in groups.values() for p in group]
     shifts: dict[str, GradientShift] = {}
     with _left_as_found(model):
         _assign(parameters, before)
         at_start = iter(_gradient(loss, every))
         for layer, group in groups.items():
             g = torch.cat([next(at_start).flatten() for _ in group])
-            if not shifts:
-                g_moved = g
-            else:
-                g_moved = torch.cat([grad.flatten() for grad in _gradient(loss, group)])
-            shifts[layer] = _compare(g, g_moved)
+            moved = torch.cat([grad.flatten() for grad in _gradient(loss, group)]) if shifts else g
+            shifts[layer] = _compare(g, moved)
             # From here on this layer is one of the earlier ones.
             _assign({names[id(p)]: p for p in group}, after)
     return shifts

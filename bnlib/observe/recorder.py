@@ -17,54 +17,30 @@ from torch.utils.hooks import RemovableHandle
 
 from bnlib.observe.distributions import Moments, moments, percentiles
 
-__all__ = [
-    "ActivationRecorder",
-    "Record",
-    "find_layers",
-    "first_tensor",
-]
+__all__ = ["ActivationRecorder", "Record", "find_layers", "first_tensor"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """Statistics of one call of one layer, on the CPU, detached.
+    """Statistics of one call of one layer, on the CPU, detached."""
 
-    Attributes
-    ----------
-    shape
-        Shape of the recorded tensor.
-    percentiles
-        ``(P, units)``, or ``(P,)`` when the recorder pools the units.
-    moments
-        Mean, standard deviation, skewness, excess kurtosis; each ``(units,)`` or a scalar.
-    samples
-        ``(n, units)`` or ``(n,)``, a copy of the values; None unless asked for.
-    """
-
-    shape: tuple[int, ...]
-    percentiles: Tensor
-    moments: Moments
-    samples: Tensor | None = None
+    shape: tuple[int, ...]  #: shape of the recorded tensor
+    percentiles: Tensor  #: (P, units), or (P,) when the recorder pools the units
+    moments: Moments  #: each (units,) or a scalar
+    samples: Tensor | None = None  #: (n, units) or (n,), a copy of the values, if asked for
 
 
 def find_layers(
     model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module] | None = None
 ) -> dict[str, nn.Module]:
-    """Resolve layers, given by name or as modules, to names and modules.
+    """Resolve layers, given by name or as modules, to names and modules, in the order given.
 
     Parameters
     ----------
-    model
-        Any module.
     layers
         One or several; None for every module that has parameters of its own. The model itself
-        has the name ``""``.
-
-    Returns
-    -------
-    dict
-        From name to module, in the order given. A module that stands in the model under several
-        names has, when given as a module, the first of them.
+        has the name ``""``. A module that stands in the model under several names has, when given
+        as a module, the first of them.
 
     Raises
     ------
@@ -144,9 +120,7 @@ class ActivationRecorder:
     Notes
     -----
     Recording begins with construction. Leaving the ``with`` block, or :meth:`remove`, takes the
-    hooks away; the records stay. Entering again goes on recording. A module that stands in the
-    model under several names, or is called several times, has one record per call under the name
-    that was given.
+    hooks away; the records stay. Entering again goes on recording.
     """
 
     def __init__(
@@ -196,22 +170,18 @@ class ActivationRecorder:
         if self._handles:
             return
         for name, module in self._modules.items():
+            hook = self._hook(name)
             if self._of == "output":
-                hook = module.register_forward_hook(self._output_hook(name))
+                handle = module.register_forward_hook(hook)
             else:
                 # Before the call: a layer that works in place would show its output instead.
-                hook = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
-            self._handles.append(hook)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.append(handle)
 
-    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            self._record(name, output)
-
-        return hook
-
-    def _input_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
-            self._record(name, (arguments, keywords))
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, last: Any) -> None:
+            # The last argument is the output after the call, and the keyword arguments before it.
+            self._record(name, last if self._of == "output" else (arguments, last))
 
         return hook
 
@@ -247,13 +217,10 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        for item in value:
-            found = first_tensor(item)
-            if found is not None:
-                return found
-    return None
+        value = tuple(value.values())
+    if not isinstance(value, tuple | list):
+        return None
+    return next((tensor for item in value if (tensor := first_tensor(item)) is not None), None)
 
 
 def _evenly(x: Tensor, most: int) -> Tensor:

@@ -45,8 +45,15 @@ def test_the_bundled_digits_are_real_and_named_as_what_they_are() -> None:
     assert accuracy > 0.95, "a nearest neighbor reads real digits"
 
 
-def copied(tmp_path: Path) -> Path:
-    raw = tmp_path / "MNIST" / "raw"
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which data sets are looked for."""
+    monkeypatch.setenv("BNLIB_DATA", str(tmp_path))
+    return tmp_path
+
+
+def copied(root: Path) -> Path:
+    raw = root / "MNIST" / "raw"
     shutil.copytree(MNIST_RAW, raw)
     raw.chmod(0o755)
     for path in raw.iterdir():
@@ -57,28 +64,28 @@ def copied(tmp_path: Path) -> Path:
 @needs_mnist
 @pytest.mark.parametrize("dataset", ["mnist", "auto"])
 @pytest.mark.parametrize("keep", [5000, 0])
-def test_a_half_downloaded_file_is_named(tmp_path: Path, dataset: str, keep: int) -> None:
-    path = copied(tmp_path) / "t10k-images-idx3-ubyte"
+def test_a_half_downloaded_file_is_named(root: Path, dataset: str, keep: int) -> None:
+    path = copied(root) / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(digits.DataError, match=r"t10k-images-idx3-ubyte is damaged.*delete"):
-        digits.load(dataset, root=tmp_path)
+        digits.load(dataset)
 
 
 @needs_mnist
-def test_one_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    path = copied(tmp_path) / "train-labels-idx1-ubyte"
+def test_one_flipped_byte_is_noticed(root: Path) -> None:
+    path = copied(root) / "train-labels-idx1-ubyte"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
     with pytest.raises(digits.DataError, match="train-labels-idx1-ubyte"):
-        digits.load("auto", root=tmp_path)
+        digits.load("auto")
 
 
 @needs_mnist
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    (copied(tmp_path) / "train-images-idx3-ubyte").unlink()
+def test_a_missing_file_is_named(root: Path) -> None:
+    (copied(root) / "train-images-idx3-ubyte").unlink()
     with pytest.raises(digits.DataError, match="train-images-idx3-ubyte is missing"):
-        digits.load("mnist", root=tmp_path)
+        digits.load("mnist")
 
 
 def no_network(*args: object, **kwargs: object) -> None:
@@ -91,7 +98,7 @@ def too_slow(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize(("failure", "reason"), [(no_network, "no route"), (too_slow, "20 sec")])
 def test_without_mnist_auto_says_loudly_that_it_uses_the_bundled_digits(
-    tmp_path: Path,
+    root: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     failure: object,
@@ -99,19 +106,19 @@ def test_without_mnist_auto_says_loudly_that_it_uses_the_bundled_digits(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", failure)
     with caplog.at_level(logging.WARNING):
-        data = digits.load("auto", root=tmp_path)
+        data = digits.load("auto")
     assert data.name == "digits"
     assert "not MNIST" in caplog.text
     assert reason in caplog.text
-    assert not list(tmp_path.rglob("*.download*")), "nothing is left of the attempt"
+    assert not list(root.rglob("*.download*")), "nothing is left of the attempt"
 
 
 def test_without_mnist_asking_for_it_by_name_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", no_network)
     with pytest.raises(digits.DataError, match="no route to host"):
-        digits.load("mnist", root=tmp_path)
+        digits.load("mnist")
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones() -> None:

@@ -91,7 +91,7 @@ def test_sizes_without_a_hidden_layer_are_refused() -> None:
 
 
 def test_a_layer_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="outputs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="must be at least 1, got 2, 3, 0"):
         StackedLinear(2, 3, 0)
 
 
