@@ -1,10 +1,9 @@
 """Recorded runs: small metrics with a manifest that says where they come from.
 
 A recorded run is a folder ``data/runs/<experiment>/<name>/`` with two files. ``metrics.csv`` is
-a table whose columns are named with their units. ``manifest.json`` holds the command, the full
-configuration, the seed, the data set's name and content hash, package versions, the device, when
-it started and how long it took, the sha256 of the metrics, and the verdict. A chapter that
-replays a run reads it through :func:`read`, which refuses a missing or an altered one.
+a table whose columns are named with their units. ``manifest.json`` holds what determined it, where
+and when it ran, the sha256 of the metrics, and the verdict. :func:`read` refuses a missing or an
+altered run.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,22 +44,12 @@ class RunError(RuntimeError):
 class Verdict:
     """How a run ended; ``str()`` of it is what a manifest holds, :meth:`parse` reads that back.
 
-    Attributes
-    ----------
-    kind
-        "finished"; "diverged", when the loss is not finite, which is a result; or "stopped", with a
-        checkpoint to go on from.
-    step
-        The steps done, for all but a run that finished.
-
-    Raises
-    ------
-    ValueError
-        If the kind is another, or it does not fit the step.
+    A run that *diverged* had a loss that is not finite, which is a result; one that *stopped* has a
+    checkpoint to go on from. A ValueError refuses another kind, or a step that does not fit it.
     """
 
-    kind: str = "finished"
-    step: int | None = None
+    kind: str = "finished"  #: "finished", "diverged" or "stopped"
+    step: int | None = None  #: the steps done, for all but a run that finished
 
     def __post_init__(self) -> None:
         if self.kind not in _VERDICTS or (self.step is None) != (self.kind == "finished"):
@@ -79,34 +69,23 @@ class Verdict:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were done."""
         return self.kind == "finished"
 
     @property
     def diverged(self) -> bool:
-        """Whether the network diverged."""
         return self.kind == "diverged"
 
     @property
     def stopped(self) -> bool:
-        """Whether the run was stopped and can go on."""
         return self.kind == "stopped"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run, verified.
+    """A recorded run, verified."""
 
-    Attributes
-    ----------
-    manifest
-        The parsed ``manifest.json``.
-    columns
-        From column name to a one-dimensional array: float64 where every entry is a number,
-        strings otherwise.
-    """
-
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  #: the parsed ``manifest.json``
+    #: one-dimensional, float64 where every entry is a number, else strings
     columns: dict[str, np.ndarray]
 
     @property
@@ -132,31 +111,15 @@ class Run:
     def frame(self, **labels: Any) -> pd.DataFrame:
         """The run as a tidy DataFrame: one row an observation, the columns named as recorded.
 
-        Parameters
-        ----------
-        **labels
-            Constant columns put in front, which tell the runs apart once several frames are
-            concatenated: ``pandas.concat(read("mnist-figure1", n).frame(network=n) for n in ...)``.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Columns of whole numbers (a seed, a step) are int64, other numbers float64; the
-            units stand in the columns' names.
-
-        Raises
-        ------
-        ImportError
-            If pandas is not installed.
-        ValueError
-            If a label has the name of a recorded column.
+        Columns of whole numbers (a seed, a step) are int64, other numbers float64. ``labels`` are
+        constant columns put in front, which tell the runs apart once several frames are
+        concatenated: ``pandas.concat(read("mnist-figure1", n).frame(network=n) for n in ...)``.
         """
         try:
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "Run.frame() needs pandas, which is not installed; "
-                "install it with `pip install pandas` or `pip install 'bnlib[book]'`"
+                "Run.frame() needs pandas: `pip install pandas` or `pip install 'bnlib[book]'`"
             ) from error
         taken = [label for label in labels if label in self.columns]
         if taken:
@@ -169,13 +132,7 @@ class Run:
 
 
 def data_folder() -> Path:
-    """The project's ``data`` folder: beside the package in a checkout, else in the working folder.
-
-    Raises
-    ------
-    RunError
-        If there is neither.
-    """
+    """The project's ``data`` folder, beside the package in a checkout or in the working folder."""
     beside = Path(__file__).resolve().parents[1] / "data"
     for folder in (beside, Path.cwd() / "data", Path.cwd().parent / "data"):
         if (folder / "paper").is_dir():
@@ -207,13 +164,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot name a run or an experiment.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be the name of a folder.
-    """
+    """Raise a ValueError for what cannot name a run or an experiment, as it names a folder."""
     if name in ("", "..") or Path(name).name != name:
         raise ValueError(f"{name!r} cannot name a run; give a name without slashes, such as 'six'")
 
@@ -222,10 +173,8 @@ def environment() -> dict[str, Any]:
     """Package versions and the device, for a manifest."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {"versions": versions, "device": _device_name()}
 
 
@@ -234,13 +183,10 @@ def _device_name() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
     return f"CPU: {model}, {torch.get_num_threads()} threads"
 
 
@@ -255,32 +201,24 @@ def write(
     started: str,
     duration_s: float,
     verdict: str | Verdict = "finished",
-    command: str | None = None,
     root: Path | None = None,
 ) -> Path:
-    """Record a run. Both files are written to a temporary name and renamed, the manifest last.
+    """Record a run in the folder ``<root>/<experiment>/<name>``, which is returned.
+
+    Both files are written to a temporary name and renamed, the manifest last. Its command is that
+    of this process.
 
     Parameters
     ----------
-    experiment, name
-        The folder: ``<root>/<experiment>/<name>``.
     columns
         The metrics: equally long columns, named with their units. Numbers are written with up to
         six significant digits.
     configuration
         Everything that determines the run, as JSON values.
-    seed
-        The seed or seeds.
     dataset
         ``{"name": ..., "sha256": ...}``.
     started
         UTC, ISO 8601.
-    duration_s
-        Wall-clock seconds.
-    verdict
-        ``finished``, or ``diverged at step N``; see :class:`Verdict`.
-    command
-        The command that made it; this process's own by default.
     root
         ``data/runs`` of the project by default.
 
@@ -289,22 +227,22 @@ def write(
     ValueError
         If there are no columns or they differ in length, or a name cannot be a folder's.
     """
-    for folder_name in (experiment, name):
-        check_name(folder_name)
+    check_name(experiment)
+    check_name(name)
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"columns must be there and equally long; got lengths {lengths}")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
     writer.writerow(columns)
     for row in zip(*columns.values(), strict=True):
-        writer.writerow(_cell(value) for value in row)
-    metrics = text.getvalue().encode()
+        writer.writerow(f"{v:.6g}" if isinstance(v, float | np.floating) else v for v in row)
+    metrics = table.getvalue().encode()
     manifest = {
         "schema": SCHEMA,
         "experiment": experiment,
         "name": name,
-        "command": command or " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "configuration": dict(configuration),
         "seed": seed if isinstance(seed, int) else list(seed),
         "dataset": dict(dataset),
@@ -317,27 +255,13 @@ def write(
     }
     folder = (root or data_folder() / "runs") / experiment / name
     write_atomically(folder / "metrics.csv", metrics)
-    write_atomically(
-        folder / "manifest.json",
-        (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(),
-    )
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "manifest.json", text.encode())
     return folder
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float | np.floating):
-        return f"{float(value):.6g}"
-    return str(value)
-
-
 def names(experiment: str, *, root: Path | None = None) -> list[str]:
-    """The names of an experiment's recorded runs, sorted.
-
-    Raises
-    ------
-    RunError
-        If the experiment has no folder.
-    """
+    """The names of an experiment's recorded runs, sorted; a RunError if it has no folder."""
     folder = (root or data_folder() / "runs") / experiment
     if not folder.is_dir():
         raise RunError(f"no recorded runs of {experiment!r}: {folder} does not exist")
@@ -345,14 +269,7 @@ def names(experiment: str, *, root: Path | None = None) -> list[str]:
 
 
 def read(experiment: str, name: str, *, root: Path | None = None) -> Run:
-    """Read a recorded run and verify it against its manifest.
-
-    Parameters
-    ----------
-    experiment, name
-        The run's folder under ``root``.
-    root
-        ``data/runs`` of the project by default.
+    """Read a recorded run, by default of the project's ``data/runs``, and verify it.
 
     Raises
     ------
@@ -361,24 +278,23 @@ def read(experiment: str, name: str, *, root: Path | None = None) -> Run:
         ones that were recorded.
     """
     folder = (root or data_folder() / "runs") / experiment / name
+    path = folder / "manifest.json"
     remedy = "restore the folder from version control, or record the run again"
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(path.read_bytes())
         metrics = (folder / "metrics.csv").read_bytes()
     except FileNotFoundError as error:
         raise RunError(
             f"recorded run {experiment}/{name}: {error.filename} is missing; {remedy}"
         ) from error
     except ValueError as error:
-        raise RunError(
-            f"{folder / 'manifest.json'} is not valid JSON ({error}); {remedy}"
-        ) from error
+        raise RunError(f"{path} is not valid JSON ({error}); {remedy}") from error
     lacking = [key for key in _REQUIRED if key not in manifest]
     if lacking:
-        raise RunError(f"{folder / 'manifest.json'} lacks {', '.join(lacking)}; {remedy}")
+        raise RunError(f"{path} lacks {', '.join(lacking)}; {remedy}")
     if manifest["schema"] != SCHEMA:
         raise RunError(
-            f"{folder / 'manifest.json'} has schema {manifest['schema']}; this version of bnlib "
+            f"{path} has schema {manifest['schema']}; this version of bnlib "
             f"reads {SCHEMA}; update bnlib or record the run again"
         )
     digest = hashlib.sha256(metrics).hexdigest()
@@ -387,17 +303,16 @@ def read(experiment: str, name: str, *, root: Path | None = None) -> Run:
             f"{folder / 'metrics.csv'} is not what was recorded: its sha256 is {digest}, the "
             f"manifest says {manifest['metrics_sha256']}; {remedy}"
         )
-    rows = list(csv.reader(io.StringIO(metrics.decode())))
-    header, body = rows[0], rows[1:]
-    return Run(manifest, {name: _column(row[i] for row in body) for i, name in enumerate(header)})
+    header, *rows = csv.reader(io.StringIO(metrics.decode()))
+    return Run(manifest, {name: _column(row[i] for row in rows) for i, name in enumerate(header)})
 
 
 def _column(values: Iterable[str]) -> np.ndarray:
-    entries = list(values)
+    entries = np.array(list(values))
     try:
-        return np.array([float(entry) for entry in entries])
+        return entries.astype(np.float64)
     except ValueError:
-        return np.array(entries)
+        return entries
 
 
 def _are_whole(values: np.ndarray) -> bool:

@@ -14,8 +14,8 @@ import argparse
 import ast
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -44,27 +44,10 @@ def _file(module: str, root: Path) -> Path | None:
 
 
 def modules_used(source: str, root: Path) -> dict[str, Path]:
-    """The modules of bnlib that ``source`` reaches, directly or through one another.
+    """The files of the modules that ``source`` reaches, directly or through one another, by name.
 
     ``from bnlib import batch_norm`` reaches the module from which the package takes that name,
-    not the others that the package offers.
-
-    Parameters
-    ----------
-    source
-        Python code.
-    root
-        The folder that holds the package.
-
-    Returns
-    -------
-    dict
-        From module name to file.
-
-    Raises
-    ------
-    SyntaxError
-        If ``source`` or a module is not Python.
+    not the others that the package offers. ``root`` is the folder that holds the package.
     """
     used: dict[str, Path] = {}
     followed: set[tuple[str, str]] = set()
@@ -77,9 +60,7 @@ def modules_used(source: str, root: Path) -> dict[str, Path]:
         if module.split(".")[0] != _PACKAGE or file is None or (module, name) in followed:
             continue
         followed.add((module, name))
-        parts = module.split(".")
-        for depth in range(1, len(parts) + 1):
-            above = ".".join(parts[:depth])
+        for above in accumulate(module.split("."), "{}.{}".format):
             if path := _file(above, root):
                 used[above] = path
         is_package = file.name == "__init__.py"
@@ -99,16 +80,10 @@ def code_of(chapter: Path) -> str:
 
 
 def rules(executed: Path, chapters: Sequence[Path], root: Path) -> Iterator[str]:
-    """Lines of a makefile: what each executed chapter depends on besides its own source.
+    """Lines of a makefile: what each chapter in the folder ``executed`` depends on.
 
-    Parameters
-    ----------
-    executed
-        The folder of executed chapters.
-    chapters
-        The sources.
-    root
-        The folder that holds the package; the paths in the rules are relative to it.
+    Besides its own source, that is; the paths in the rules are relative to ``root``, the folder
+    that holds the package.
     """
     everything: set[str] = set()
     for chapter in chapters:
@@ -126,18 +101,15 @@ def rules(executed: Path, chapters: Sequence[Path], root: Path) -> Iterator[str]
     yield from (f"{file}:" for file in sorted(everything))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bnlib.book.depends", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("executed", type=Path, help="the folder of executed chapters")
     parser.add_argument("chapters", type=Path, nargs="*", help="their sources")
-    options = parser.parse_args(arguments)
-    sys.stdout.writelines(
-        f"{line}\n" for line in rules(options.executed, options.chapters, Path.cwd())
-    )
-    return 0
+    options = parser.parse_args()
+    print("\n".join(rules(options.executed, options.chapters, Path.cwd())))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,9 +4,9 @@
 
     python -m bnlib.book.execute chapters/10_mnist.ipynb out.ipynb --parameters "steps=2000 seed=1"
 
-Plain ``papermill`` runs the same chapters. This adds what it lacks: a misspelt parameter is an
-error, the output appears under its name only when every cell has run, progress reads well where
-several chapters share a log, and a failure names the chapter, the cell and the message.
+Plain ``papermill`` runs the same chapters. Here a misspelt parameter is an error, the output
+appears under its name only when every cell has run, progress reads well where several chapters
+share a log, and a failure names the chapter, the cell and the message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import nbformat
 import yaml
 from papermill import PapermillExecutionError, execute_notebook, inspect_notebook
 
-_QUIET_SECONDS = 2.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -36,16 +36,8 @@ class ChapterError(RuntimeError):
 def parse_parameters(text: str) -> dict[str, Any]:
     """Read ``"steps=2000 dataset=digits"``, quoted as in a shell, with values as in YAML.
 
-    Parameters
-    ----------
-    text
-        Assignments separated by white space. ``1e-3``, which YAML 1.1 takes for text, is a number
-        here, as it is for ``papermill -p``.
-
-    Raises
-    ------
-    ChapterError
-        For a word that is no assignment, or a quotation that does not end.
+    ``1e-3``, which YAML 1.1 takes for text, is a number here, as it is for ``papermill -p``. A
+    ChapterError refuses a word that is no assignment, and a quotation that does not end.
     """
     try:
         words = shlex.split(text)
@@ -60,21 +52,13 @@ def parse_parameters(text: str) -> dict[str, Any]:
             )
         parameters[name] = yaml.safe_load(value)
         if isinstance(parameters[name], str):
-            try:
+            with suppress(ValueError):
                 parameters[name] = float(value)
-            except ValueError:
-                continue
     return parameters
 
 
 def check(chapter: Path, parameters: Iterable[str] = ()) -> None:
-    """Refuse a chapter or a parameter that does not exist, naming those that do.
-
-    Raises
-    ------
-    ChapterError
-        For an unknown chapter or parameter.
-    """
+    """Raise a ChapterError if a chapter or a parameter does not exist, naming those that do."""
     if not chapter.is_file():
         known = ", ".join(sorted(path.stem for path in chapter.parent.glob("*.ipynb")))
         name = chapter.name.removesuffix(".ipynb")
@@ -96,23 +80,11 @@ def _say(chapter: str, text: str) -> None:
     sys.stderr.flush()
 
 
-def partial_name(output: Path) -> Path:
-    """Where an execution of ``output`` stands until it is complete, and stays if it fails."""
-    return output.with_name(f"partial-{output.name}")
-
-
 def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = None) -> None:
     """Execute a chapter in the kernel ``python3``; ``output`` appears when every cell has run.
 
-    Parameters
-    ----------
-    chapter
-        The notebook's source.
-    output
-        Where the executed notebook goes; its folder is made. Until then, and after a failure,
-        it stands under :func:`partial_name`.
-    parameters
-        Values for names that the chapter's cell tagged ``parameters`` assigns.
+    Until then, and after a failure, it stands beside its name as ``partial-<name>``. ``parameters``
+    are values for names that the chapter's cell tagged ``parameters`` assigns.
 
     Raises
     ------
@@ -122,7 +94,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
     """
     check(chapter, parameters or ())
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_name(output)
+    partial = output.with_name(f"partial-{output.name}")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     started = time.monotonic()
     try:
@@ -134,7 +106,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
             # A line of its own for each report, as parallel chapters share the terminal or log.
             progress_bar={
                 "bar_format": f"{chapter.stem:<24} cell {{n_fmt}} of {{total_fmt}}, {{elapsed}}\n",
-                "mininterval": _QUIET_SECONDS,
+                "mininterval": 2.0,
                 "miniters": 1,
             },
             extra_arguments=["--IPKernelApp.log_level=40"],
@@ -154,8 +126,8 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
     _say(chapter.stem, f"done in {time.monotonic() - started:.1f} s")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main() -> None:
+    """Run the command line; exit with 1 if the chapter cannot be executed, or fails."""
     parser = argparse.ArgumentParser(prog="python -m bnlib.book.execute", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("chapter", type=Path, help="the notebook's source")
@@ -163,14 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parameters", default="", metavar="'NAME=VALUE ...'", help="values are read as YAML"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     try:
         execute(options.chapter, options.output, parse_parameters(options.parameters))
     except ChapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

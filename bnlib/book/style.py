@@ -1,8 +1,8 @@
 """One look for every figure of the book.
 
 Figures are SVG on a transparent ground. Lines, text and axes use colors whose contrast is at
-least 3:1 against the white *and* the dark page (text 3.9:1), so one file serves both. The hues
-differ in lightness order as well as in hue and stay apart for the common color deficiencies.
+least 3:1 against the white *and* the dark page (text 3.9:1), so one file serves both. They differ
+in lightness as well as in hue and stay apart for the common color deficiencies.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import matplotlib.animation
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -46,21 +47,14 @@ SEQUENTIAL = mpl.colormaps["viridis"]
 _RC = {
     "figure.figsize": (6.4, 3.6),
     "figure.constrained_layout.use": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "savefig.transparent": True,
     "svg.hashsalt": "bnlib",
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "axes.grid": True,
@@ -69,10 +63,7 @@ _RC = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "image.cmap": "viridis",
     "animation.embed_limit": 6,
-    "animation.html": "jshtml",
 }
 
 
@@ -82,7 +73,7 @@ def use() -> None:
     # Where the book asks for nothing, matplotlib's own sizes and fonts and not seaborn's.
     themed = (*sns.axes_style(), *sns.plotting_context())
     defaults = {name: mpl.rcParamsDefault[name] for name in themed}
-    palette = [BLUE, ORANGE, GREEN, PURPLE, PINK, OCHRE]
+    palette = [color for color in COLORS.values() if color != INK]
     sns.set_theme(palette=palette, color_codes=False, rc={**defaults, **_RC})
 
 
@@ -91,22 +82,13 @@ def label_line(
 ) -> None:
     """Write ``text`` beside a line, in the line's color, instead of in a legend.
 
-    Parameters
-    ----------
-    line
-        The line to label.
-    text
-        The label.
-    where
-        Fraction of the line's points (0 is its first point, 1 its last) to stand beside.
-    dx, dy
-        Offset from that point, in points.
+    It stands beside the point at the fraction ``where`` of the line's points (0 is the first, 1 the
+    last), ``dx`` and ``dy`` points (of print) away.
     """
     x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     index = round(where * (len(x) - 1))
-    axes = line.axes
-    assert isinstance(axes, Axes)
-    axes.annotate(
+    assert isinstance(line.axes, Axes)
+    line.axes.annotate(
         text,
         (x[index], y[index]),
         xytext=(dx, dy),
@@ -128,20 +110,10 @@ class _TransparentWriter(matplotlib.animation.HTMLWriter):
 def animation_html(animation: matplotlib.animation.Animation, *, alt: str, fps: int = 6) -> Any:
     """Return an animation as HTML that plays in a static page, without any outside script.
 
-    The still figure is closed, so that the page shows the animation once. matplotlib asks another
-    host for its buttons' icons; that request is taken out, as the pages and Jupyter have them.
-
-    Parameters
-    ----------
-    animation
-        The animation.
-    alt
-        What it shows, in words, for those who cannot see it.
-    fps
-        Frames per second.
+    ``alt`` says what it shows, for those who cannot see it. The still figure is closed, so that the
+    page shows the animation once. matplotlib asks another host for its buttons' icons; that request
+    is taken out, as the pages and Jupyter have them.
     """
-    from IPython.display import HTML
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "animation.html")
         writer = _TransparentWriter(fps=fps, embed_frames=True, default_mode="loop")

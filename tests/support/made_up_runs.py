@@ -49,6 +49,5 @@ def make_up(
         started="2026-01-01T00:00:00Z",
         duration_s=0,
         verdict=verdict,
-        command="made up for a test",
         root=root,
     )
