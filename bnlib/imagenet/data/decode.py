@@ -143,7 +143,7 @@ class Encoded:
             return pixels
 
     def crop(self, box: Box, height: int, width: int) -> Tensor:
-        """A part at another size, interpolated bilinearly with antialiasing: uint8 RGB."""
+        """A part at another size, as :func:`resize` makes it: uint8 (3, height, width)."""
         rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
         return resize(self.decode()[:, rows, columns], height, width)
 

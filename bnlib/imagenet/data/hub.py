@@ -117,6 +117,8 @@ def _without_progress_bars() -> Iterator[Any]:
 def from_hub(name: str, split: str) -> HubSource:
     """A data set of the hub, by name."""
     datasets = load_datasets()
+    if not name:
+        raise SourceError("hf: needs the name of a data set, such as hf:ILSVRC/imagenet-1k")
     try:
         chosen = _split_of(datasets.get_dataset_split_names(name), split, f"hf:{name}")
         return HubSource(datasets.load_dataset(name, split=chosen), f"hf:{name}/{split}")

@@ -54,6 +54,12 @@ def test_a_missing_package_for_hugging_face_is_named(monkeypatch: pytest.MonkeyP
         open_source("hf:ILSVRC/imagenet-1k", "train")
 
 
+def test_a_hub_data_set_without_a_name_is_refused() -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(SourceError, match="such as hf:ILSVRC/imagenet-1k"):
+        open_source("hf:", "train")
+
+
 def test_a_data_set_without_the_split_or_the_labels_is_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_dict({"image": [{"bytes": GOOD, "path": None}], "text": ["a"]})
