@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 FINISHED, FAILED, USAGE, DIVERGED = 0, 1, 2, 3
@@ -66,15 +68,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _evaluate(argv: list[str]) -> int:
-    return _evaluate_or_ensemble("evaluate", argv)
-
-
-def _ensemble(argv: list[str]) -> int:
-    return _evaluate_or_ensemble("ensemble", argv)
-
-
-def _evaluate_or_ensemble(command: str, argv: list[str]) -> int:
+def _evaluate(command: str, argv: list[str]) -> int:
     from bnlib.imagenet.evaluation.crops import CROPS
 
     several = command == "ensemble"
@@ -161,7 +155,12 @@ def _pack(argv: list[str]) -> int:
     return pack.main(argv) or FINISHED
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "ensemble": _ensemble, "pack": _pack}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": functools.partial(_evaluate, "evaluate"),
+    "ensemble": functools.partial(_evaluate, "ensemble"),
+    "pack": _pack,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

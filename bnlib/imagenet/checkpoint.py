@@ -36,12 +36,8 @@ class CheckpointError(RuntimeError):
 def lock_run_folder(folder: Path) -> Iterator[None]:
     """Keep a folder from being trained in twice: each run would remove the other's checkpoints.
 
-    What keeps it is a lock on a file there, which ends with this process in whatever way.
-
-    Raises
-    ------
-    CheckpointError
-        If another process trains there.
+    A lock on a file there does, which ends with this process in whatever way.  If another process
+    has it, that is a :class:`CheckpointError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -66,26 +62,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint, then remove all but it and the ``keep - 1`` before it.
+    """Write a checkpoint, and remove all in the folder but it and the ``keep - 1`` before it.
 
-    Parameters
-    ----------
-    folder
-        The run's folder.
-    state
-        Tensors, numbers and strings in dictionaries and lists; ``state["step"]`` names the file.
-    keep
-        How many checkpoints stay, 1 or more.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, as when the disk is full.  What stood there before stands still.
+    ``state`` holds tensors, numbers and strings in dictionaries and lists.  If it cannot be
+    written, as when the disk is full, that is an ``OSError``, and what stood there stands still.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -95,34 +75,29 @@ def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
     for left in folder.glob(".*.pt.*.tmp"):  # by a kill; they could fill the disk
         left.unlink(missing_ok=True)
     write_atomically(path, content)
-    older = [other for other in checkpoints(folder) if other.name[:14] < path.name[:14]]
-    for other in checkpoints(folder):
-        # one of a later step has been passed over as damaged, or this step would not come now
-        if other != path and other not in older[: keep - 1]:
+    found = checkpoints(folder)
+    kept = [path, *(other for other in found if other.name[:14] < path.name[:14])][:keep]
+    for other in found:  # one of a later step was passed over as damaged, or this would not come
+        if other not in kept:
             other.unlink(missing_ok=True)
     return path
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU.
+    """The content of a checkpoint or of ``network.pt``, tensors on the CPU.
 
-    Parameters
-    ----------
-    path
-        A checkpoint, or a file that holds a trained network; or the folder of a run, which stands
-        for its newest readable one.
+    The folder of a run stands for its newest readable checkpoint.  Nothing in a file is executed.
 
     Raises
     ------
     CheckpointError
-        If it does not exist, is damaged, or holds something else.  Nothing in a file is executed.
+        If it does not exist, is damaged, or holds something else.
     """
     path = Path(path)
     if path.is_dir():
-        state = load_latest(path)
-        if state is None:
+        if (latest := load_latest(path)) is None:
             raise CheckpointError(f"{path} has no checkpoint (step-*.pt); train there first")
-        return state
+        return latest
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -150,12 +125,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def load_latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint of a run that can be read, or None if it has none.
 
-    A damaged one is passed over with a warning.
-
-    Raises
-    ------
-    CheckpointError
-        If there are checkpoints but none can be read.
+    A damaged one is passed over with a warning; that all are is a :class:`CheckpointError`.
     """
     paths = checkpoints(folder)
     for path in paths:

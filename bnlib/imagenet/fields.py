@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+import operator
 from dataclasses import field
 from typing import Any, get_type_hints
 
 __all__ = ["add_arguments", "check", "given", "option"]
 
-_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-_HOLDS: dict[str, Callable[[Any, float], bool]] = {
-    "ge": lambda value, limit: value >= limit,
-    "gt": lambda value, limit: value > limit,
-    "le": lambda value, limit: value <= limit,
-    "lt": lambda value, limit: value < limit,
+_LIMITS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
 }
 
 
@@ -26,18 +25,14 @@ def option(
     source: str = "",
     *,
     choices: tuple[Any, ...] | None = None,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
+    **limits: float,
 ) -> Any:
     """A dataclass field: what it is, where its value comes from, and what it may be.
 
-    ``ge``, ``gt``, ``le`` and ``lt`` are its limits, as in comparisons: greater or equal, ...
+    Its limits are ``ge``, ``gt``, ``le`` and ``lt``, as in comparisons: greater or equal, ...
     """
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    limits = {word: limit for word, limit in limits.items() if limit is not None}
-    metadata = {"help": help, "source": source, "choices": choices, "limits": limits}
+    checks = {_LIMITS[word]: limit for word, limit in limits.items()}
+    metadata = {"help": help, "source": source, "choices": choices, "limits": checks}
     return field(default=default, metadata=metadata)
 
 
@@ -54,44 +49,38 @@ def check(instance: Any) -> None:
         value = getattr(instance, entry.name)
         if types[entry.name] is float and type(value) is int:
             value = float(value)
-        _check_one(entry, types[entry.name], value)
+        if type(value) is not types[entry.name]:
+            raise TypeError(f"{entry.name} must be a {types[entry.name].__name__}; got {value!r}")
+        choices, limits = entry.metadata["choices"], entry.metadata["limits"]
+        if choices and value not in choices:
+            raise ValueError(f"{entry.name} is {value!r}; it must be one of {choices}")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or not all(holds(value, limit) for (_, holds), limit in limits.items()):
+            allowed = " and ".join(f"{words} {limit:g}" for (words, _), limit in limits.items())
+            raise ValueError(f"{entry.name} is {value!r}; it must be {allowed or 'finite'}")
         object.__setattr__(instance, entry.name, value)
 
 
-def _check_one(entry: dataclasses.Field[Any], wanted: type, value: object) -> None:
-    if type(value) is not wanted:
-        raise TypeError(f"{entry.name} must be a {wanted.__name__}; got {value!r}")
-    choices, limits = entry.metadata["choices"], entry.metadata["limits"]
-    if choices and value not in choices:
-        raise ValueError(f"{entry.name} is {value!r}; it must be one of {choices}")
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if not finite or not all(_HOLDS[word](value, limit) for word, limit in limits.items()):
-        allowed = " and ".join(f"{_WORDS[word]} {limit:g}" for word, limit in limits.items())
-        raise ValueError(f"{entry.name} is {value!r}; it must be {allowed or 'finite'}")
-
-
 def add_arguments(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
-    """Give the parser one flag per field of the dataclass, such as ``--learning-rate``.
+    """Give the parser a flag for each field of the dataclass; booleans have a ``--no-`` form too.
 
-    A flag that is not given leaves no trace in the namespace.  Booleans have two flags, such as
-    ``--lrn`` and ``--no-lrn``.
+    A flag that is not given leaves no trace in the namespace.
     """
     types = get_type_hints(cls)
     group = parser.add_argument_group(title)
     for entry in dataclasses.fields(cls):
         metadata, kind = entry.metadata, types[entry.name]
         source = f" [{metadata['source']}]" if metadata["source"] else f" (default {entry.default})"
-        options: dict[str, Any] = {
-            "dest": entry.name,
-            "default": argparse.SUPPRESS,
-            "help": (metadata["help"] + source).replace("%", "%%"),
-        }
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": kind, "choices": metadata["choices"]}
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind is not bool:
+            options = {"type": kind, "choices": metadata["choices"]}
             options["metavar"] = None if metadata["choices"] else kind.__name__.upper()
-        group.add_argument("--" + entry.name.replace("_", "-"), **options)
+        group.add_argument(
+            "--" + entry.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=(metadata["help"] + source).replace("%", "%%"),
+            **options,
+        )
 
 
 def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:

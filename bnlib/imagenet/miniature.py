@@ -38,21 +38,9 @@ __all__ = ["main", "prepare"]
 def prepare(tiny: Path, data: Path, classes: int = 20, held_out: int = 150) -> None:
     """Copy evenly spaced classes of Tiny ImageNet into ``train/<class>/`` and ``val/<class>/``.
 
-    Parameters
-    ----------
-    tiny
-        Tiny ImageNet as it is distributed, or already as an image folder.
-    data
-        The new folder.
-    classes
-        How many of its classes, in the order of their names.
-    held_out
-        Images of a class that are held out: its own 50, then the last of its training images.
-
-    Raises
-    ------
-    SourceError
-        If ``tiny`` is neither, or has fewer classes.
+    ``tiny`` is Tiny ImageNet as it is distributed, or already as an image folder; anything else is
+    a :class:`SourceError`.  ``held_out`` images of a class are its own 50 for validation, then the
+    last of its training images.
     """
     names = sorted(each.name for each in (tiny / "train").glob("n*") if each.is_dir())
     if len(names) < classes:

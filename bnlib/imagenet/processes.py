@@ -11,8 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 __all__ = ["Processes", "processes"]
 
@@ -21,18 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """This process, number ``rank`` from 0 of the ``world`` that train together, and its device.
 
-    Attributes
-    ----------
-    rank
-        Its number, from 0.
-    world
-        How many there are.
-    device
-        Where it computes.
-    patient
-        The group of all processes whose timeout is long, for :meth:`barrier`.
+    ``patient`` is the group of all processes whose timeout is long, for :meth:`barrier`.
     """
 
     rank: int
@@ -47,10 +37,7 @@ class Processes:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.world
-        return tensor
+        return self.sum(tensor).div_(self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -69,14 +56,6 @@ class Processes:
         if self.world == 1:
             return flag
         return bool(self.all_reduce_max(torch.tensor(int(flag), device=self.device)))
-
-    def average_statistics(self, model: nn.Module) -> None:
-        """Population statistics over the mini-batches of all processes, each with as many."""
-        for layer in model.modules():
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
-                assert layer.running_var is not None
-                self.mean(layer.running_mean)
-                self.mean(layer.running_var)
 
     def after_first(self, work: Callable[[], T]) -> T:
         """Do the same work in all processes, in the first one before the others."""
@@ -97,25 +76,13 @@ class Processes:
 def processes(device: str) -> Iterator[Processes]:
     """The processes that ``torchrun`` started, or this one alone.
 
-    gloo connects processes on CPUs, NCCL those on GPUs.
-
-    Parameters
-    ----------
-    device
-        "auto", "cpu", "cuda" or another device of torch.
-
-    Raises
-    ------
-    ValueError
-        If there is no such device.
+    ``device`` is "auto", "cpu", "cuda" or another one of torch; that there is none such is a
+    ``ValueError``.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no GPU here; use --device cpu")
     if device == "cuda":
-        device = f"cuda:{local}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -125,8 +92,8 @@ def processes(device: str) -> Iterator[Processes]:
     if place.type == "cuda":
         if (place.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs here; start "
-                "at most one process for each"
+                f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs here; "
+                "start at most one process for each, or use --device cpu"
             )
         torch.cuda.set_device(place)
     world = int(os.environ.get("WORLD_SIZE", "1"))

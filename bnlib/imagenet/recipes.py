@@ -1,9 +1,9 @@
 """The networks of section 4.2 as recipes: everything that determines the numbers of a run.
 
-A :class:`Recipe` is a frozen dataclass. Every field says in its metadata what it is and where its
-value comes from: ``paper, ...`` for what the paper states, ``reconstruction: ...`` for what it
-leaves unsaid and what fills the gap, mostly GoogLeNet (Szegedy et al., 2015), whose variant the
-paper's Inception is. The same fields give the command-line flags and the JSON form.
+Every field of a :class:`Recipe` says what it is and where its value comes from: ``paper, ...`` for
+what the paper states, ``reconstruction: ...`` for what it leaves unsaid and what fills the gap,
+mostly GoogLeNet (Szegedy et al., 2015), whose variant the paper's Inception is. The same fields
+give the command-line flags and the JSON form.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ class Recipe:
     """Everything that determines the numbers of a run; the defaults are the paper's Inception.
 
     Besides it only the images, the number of processes and the rounding of the machine do.  What
-    changes no number is in :class:`bnlib.imagenet.options.Options`.
-
-    ``dataclasses.fields(Recipe)`` lists the fields; ``metadata["help"]`` of each says what it is,
-    ``metadata["source"]`` where the value comes from, field by field.
+    changes no number is in :class:`bnlib.imagenet.options.Options`.  ``dataclasses.fields(Recipe)``
+    lists the fields, each with ``metadata["help"]`` and ``metadata["source"]``.
 
     Raises
     ------
@@ -108,21 +106,18 @@ class Recipe:
     )
     accumulate: int = option(
         1,
-        "micro-batches that a process computes its share of the mini-batch in, one after another; "
-        "batch normalization normalizes each micro-batch by itself",
+        "micro-batches of a process's share, one after another, each normalized by itself",
         "reconstruction: none; it takes less memory",
         ge=1,
     )
     sync_bn: bool = option(
         False,
-        "batch normalization over the mini-batches of all processes together, on GPUs; otherwise "
-        "each process normalizes its own",
+        "batch normalization over all processes together, on GPUs; otherwise each has its own",
         "reconstruction: each its own, as the paper states no exchange between workers",
     )
     precision: str = option(
         "float32",
-        "of the forward passes in training: float32, or bf16 for autocast of convolutions and the "
-        "classifier; evaluation is in float32",
+        "of training's forward passes; bf16 is autocast, evaluation always in float32",
         "reconstruction: not stated",
         choices=("float32", "bf16"),
     )
@@ -235,28 +230,14 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with other values.
-
-        Raises
-        ------
-        TypeError
-            If a field does not exist; the message names those that do.
-        ValueError
-            As the class does.
-        """
+        """A copy with other values; that a field does not exist is a ``TypeError``."""
         known = [entry.name for entry in dataclasses.fields(self)]
         if unknown := sorted(changes.keys() - set(known)):
             raise TypeError(f"a recipe has no fields {unknown}; it has {known}")
         return dataclasses.replace(self, **changes)
 
     def network(self) -> BNInception:
-        """The network with new weights, drawn from torch's global generator.
-
-        Raises
-        ------
-        ValueError
-            As :class:`~bnlib.inception.architecture.BNInception` does.
-        """
+        """The network with new weights, drawn from torch's global generator."""
         return BNInception(
             self.num_classes,
             width=self.width,
@@ -276,13 +257,6 @@ class Recipe:
 
         A staircase: GoogLeNet lowered the rate by 4% every 8 epochs. The paper says only that the
         decay is exponential; a continuous one would differ by at most one stair.
-
-        Parameters
-        ----------
-        step
-            Steps taken before this one.
-        steps_per_epoch
-            Steps that make one pass over the training set.
         """
         stairs = math.floor(step / (self.lr_decay_epochs * steps_per_epoch))
         return self.learning_rate * self.lr_decay**stairs
@@ -293,24 +267,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that :meth:`to_json` wrote.
-
-        Raises
-        ------
-        ValueError
-            If the text is not a JSON object, or a field is missing, unknown or out of range.
-        TypeError
-            If a value has the wrong type.
-        """
+        """The recipe that :meth:`to_json` wrote; other text is a ValueError or a TypeError."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the recipe is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"the recipe must be a JSON object; got a {type(values).__name__}")
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        missing = [name for name in known if name not in values]
-        unknown = sorted(values.keys() - set(known))
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known)
         if missing or unknown:
             raise ValueError(
                 f"the recipe lacks the fields {missing} and has the unknown fields {unknown}; "

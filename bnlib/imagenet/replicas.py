@@ -2,9 +2,7 @@
 
 A *replica* is a copy of the network with a process of its own. In synchronous training ``N``
 replicas share each mini-batch equally, every one normalizes its share with the statistics of that
-share, their gradients are averaged, and all take the same step. :class:`SynchronousReplicas` does
-that one share after another; :func:`simulate` is a whole run of
-:func:`bnlib.imagenet.training.loop.train` with it.
+share, their gradients are averaged, and all take the same step.
 
 With two replicas on CPUs the simulation has every bit of the real run. With more, gradients are
 equal up to the order in which their ``N`` numbers are added: here from replica 0 upwards, among
@@ -16,14 +14,12 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.loader import batches
@@ -33,34 +29,16 @@ from bnlib.imagenet.training.state import State
 from bnlib.imagenet.training.step import compute_loss, seed_dropout, update_weights
 from bnlib.population import population_statistics
 
-__all__ = ["Simulation", "SynchronousReplicas", "population_over_replicas", "simulate"]
+__all__ = ["Simulation", "SynchronousReplicas", "simulate"]
 
 
 class SynchronousReplicas:
-    """``N`` replicas of a network, computed one after another.
+    """``replicas`` (``N``) replicas of a network, computed one after another.
 
-    Parameters
-    ----------
-    model
-        The network.  It is trained in place: its parameters are those of every replica, its
-        buffers those of replica 0.
-    replicas
-        How many, ``N``.
+    The model is trained in place: its parameters are those of every replica, its buffers those of
+    replica 0.  ``buffers`` are each replica's after the last step, by name: running statistics that
+    have all moved from those of replica 0, each by its own share of the mini-batch.
 
-    Attributes
-    ----------
-    buffers
-        Each replica's buffers after the last step, by name: running statistics that have all moved
-        from those of replica 0, each by its own share of the mini-batch.  Before the next step
-        those of replica 0 replace the others'.
-
-    Raises
-    ------
-    ValueError
-        If ``replicas`` is less than 1.
-
-    Notes
-    -----
     This is what ``torch.nn.parallel.DistributedDataParallel`` does, as it is by default: it divides
     each gradient by ``N`` and adds them up over the processes, and sends the buffers of the first
     process to the others before every forward pass.
@@ -83,8 +61,7 @@ class SynchronousReplicas:
         Parameters
         ----------
         shares
-            Each replica's examples and labels, ``N`` of them.  One share that holds the whole
-            mini-batch, with ``replicas=1``, is what synchronized statistics compute.
+            Each replica's examples and labels: ``N`` pairs, all of one size.
         loss
             From the network, examples and labels to the mean loss over them.
         begin
@@ -94,11 +71,6 @@ class SynchronousReplicas:
         -------
         torch.Tensor
             Each replica's loss, of shape ``(N,)``.
-
-        Raises
-        ------
-        ValueError
-            If there are not ``N`` shares of one size.
         """
         sizes = {len(labels) for _, labels in shares}
         if len(shares) != self.replicas or len(sizes) != 1:
@@ -106,10 +78,8 @@ class SynchronousReplicas:
                 f"{len(shares)} shares of {sorted(sizes)} examples; there must be "
                 f"{self.replicas}, all of one size: cut the mini-batch with chunk({self.replicas})"
             )
-        first = self._buffers()
-        parameters = list(self.model.parameters())
-        mean: list[Tensor | None] = [None] * len(parameters)
-        losses = []
+        first, losses = self._buffers(), []
+        mean: dict[nn.Parameter, Tensor] = {}
         for rank, (examples, labels) in enumerate(shares):
             self._set_buffers(first)
             if begin is not None:
@@ -117,14 +87,14 @@ class SynchronousReplicas:
             self.model.zero_grad(set_to_none=True)
             value = loss(self.model, examples, labels)
             torch.autograd.backward(value)
-            for place, parameter in enumerate(parameters):
+            for parameter in self.model.parameters():
                 if parameter.grad is not None:
-                    part, before = parameter.grad * (1 / self.replicas), mean[place]
-                    mean[place] = part if before is None else before + part
+                    part = parameter.grad * (1 / self.replicas)
+                    mean[parameter] = mean[parameter] + part if parameter in mean else part
             self.buffers[rank] = self._buffers()
             losses.append(value.detach())
-        for parameter, gradient in zip(parameters, mean, strict=True):
-            parameter.grad = gradient
+        for parameter in self.model.parameters():
+            parameter.grad = mean.get(parameter)
         self._set_buffers(self.buffers[0])
         return torch.stack(losses)
 
@@ -137,53 +107,13 @@ class SynchronousReplicas:
                 buffer.copy_(values[name])
 
 
-def population_over_replicas(model: nn.Module, streams: Sequence[Iterable[Any]]) -> nn.Module:
-    """Algorithm 2 shared among replicas: each over its own mini-batches, then averaged.
-
-    Parameters
-    ----------
-    model
-        The trained network; its running statistics are replaced.
-    streams
-        For each replica its mini-batches, equally many, as
-        :func:`~bnlib.population.population_statistics` takes them.
-
-    Returns
-    -------
-    torch.nn.Module
-        ``model`` itself.
-
-    Raises
-    ------
-    ValueError
-        If there are no streams, and as :func:`~bnlib.population.population_statistics` does.
-    """
-    if not streams:
-        raise ValueError("streams is empty; give one stream of mini-batches for each replica")
-    found = [population_statistics(copy.deepcopy(model), stream) for stream in streams]
-    for layer, *replicas in zip(model.modules(), *(each.modules() for each in found), strict=True):
-        if isinstance(layer, _BatchNorm):
-            layer.load_state_dict(replicas[0].state_dict())
-            for name in ("running_mean", "running_var"):
-                # added up from replica 0 on, as nothing else has every bit of two processes
-                total = sum(replica.get_buffer(name) for replica in replicas)
-                layer.get_buffer(name).copy_(total / len(replicas))
-    return model
-
-
 @dataclass(frozen=True)
 class Simulation:
     """What :func:`simulate` returns.
 
-    Attributes
-    ----------
-    state
-        The model as trained, with the running statistics of replica 0; the averaged weights; the
-        optimizer.
-    network
-        A copy for inference: averaged weights, population statistics over all replicas.
-    losses
-        float32 (steps, replicas), nats: before each step, of each replica on its share.
+    ``state`` has the model as trained, with the running statistics of replica 0; ``network`` is a
+    copy for inference: averaged weights, population statistics over all replicas; ``losses`` are
+    those before each step, of each replica on its share: float32 (steps, replicas), nats.
     """
 
     state: State
@@ -192,23 +122,10 @@ class Simulation:
 
 
 def simulate(recipe: Recipe, data: str | Path, replicas: int) -> Simulation:
-    """Train on the CPU, in one process, as ``replicas`` processes would.
+    """:func:`bnlib.imagenet.training.loop.train` by so many processes, in one and on the CPU.
 
-    Parameters
-    ----------
-    recipe
-        What to train; its mini-batch is shared among the replicas.
-    data
-        Where the images are, for :func:`bnlib.imagenet.data.folders.open_source`.
-    replicas
-        How many.
-
-    Raises
-    ------
-    ValueError
-        If the mini-batch cannot be divided equally, or the recipe asks for what is not simulated.
-    SourceError, DamagedImage
-        If the images cannot be had, or one cannot be read.
+    The recipe's mini-batch is shared among the replicas.  That it cannot be divided equally, or
+    that the recipe asks for what is not simulated, is a ``ValueError``.
     """
     for name in ("accumulate", "sync_bn", "precision", "statistics"):
         value, simulated = getattr(recipe, name), getattr(Recipe, name)
@@ -233,8 +150,14 @@ def simulate(recipe: Recipe, data: str | Path, replicas: int) -> Simulation:
         losses.append(together.backward(shares, loss, begin))
         update_weights(state, streams[0].steps_per_epoch)
 
-    network = copy.deepcopy(state.average.module if state.average is not None else state.model)
-    if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-        some = [itertools.islice(stream, recipe.statistics_batches) for stream in streams]
-        population_over_replicas(network, [((x, y) for _, x, y in part) for part in some])
-    return Simulation(state, network.eval(), torch.stack(losses))
+    network = state.averaged()
+    if recipe.normalization != "none":
+        found = []
+        for stream in streams:
+            some = (images for _, images, _ in itertools.islice(stream, recipe.statistics_batches))
+            found.append(population_statistics(copy.deepcopy(network), some))
+        for name, buffer in network.named_buffers():
+            first, *others = (each.get_buffer(name) for each in found)
+            # added up from replica 0 on, as nothing else has every bit of two processes
+            buffer.copy_(sum(others, first) / replicas if first.is_floating_point() else first)
+    return Simulation(state, network, torch.stack(losses))

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bnlib import runs
 from bnlib.imagenet import fields
@@ -69,23 +70,14 @@ class Trial:
         longest = RECIPES["inception"].steps
         return self.long_steps if recipe.steps == longest else self.short_steps
 
-    def scaled(self, recipe: Recipe, images: int, classes: int, **changes: object) -> Recipe:
-        """A recipe of the paper on a small data set.
+    def scaled(self, recipe: Recipe, images: int, classes: int, **changes: Any) -> Recipe:
+        """A recipe of the paper on a training set of so many images and classes, with changes.
 
         The rate falls over the run as far as the paper's recipe falls over its own, whatever the
-        length.  Each shard has as many images as the full recipe gives it.
-
-        Parameters
-        ----------
-        recipe
-            One of the paper's.
-        images, classes
-            Of the training set.
-        **changes
-            Fields of the recipe that are set beside; ``steps`` changes the length.
+        length (``steps``).  Each shard has as many images as the full recipe gives it.
         """
         steps = changes.pop("steps", self.steps(recipe))
-        assert isinstance(steps, int)
+        length, full = steps / images, recipe.steps / _IMAGENET
         small = recipe.replace(
             width=self.width,
             image_size=self.image_size,
@@ -93,7 +85,7 @@ class Trial:
             num_classes=classes,
             steps=steps,
             shards=max(1, images * recipe.shards // _IMAGENET),
-            lr_decay_epochs=recipe.lr_decay_epochs * (steps / images) / (recipe.steps / _IMAGENET),
+            lr_decay_epochs=recipe.lr_decay_epochs * length / full,
             statistics_batches=20,
         )
         return small.replace(**changes)
@@ -117,12 +109,12 @@ class Trial:
         """
         missing: list[Recipe] = []
         for network in SEARCHED:
-            full = self.steps(RECIPES[network])
-            found = self._searched(network, full // 10, root)
+            length = self.steps(RECIPES[network]) // 10
+            found = self._searched(network, length, root)
             rates = self._grid(network, found)
-            length = full // 10
-            if all(rate in found for rate in rates):
-                rates, length = sorted(found, key=lambda rate: -found[rate])[:2], full // 4
+            if rates <= found.keys():
+                rates = set(sorted(found, key=lambda rate: -found[rate])[:2])
+                length = self.steps(RECIPES[network]) // 4
                 found = self._searched(network, length, root)
             missing += [
                 self.scaled(
@@ -132,14 +124,13 @@ class Trial:
                     steps=length,
                     learning_rate=rate,
                     seed=_SEARCH_SEED,
-                    name=_search_name(network, length, rate),
+                    name=f"{_search_name(network, length)}{rate:g}",
                 )
-                for rate in rates
-                if rate not in found
+                for rate in sorted(rates - found.keys())
             ]
         return missing
 
-    def _grid(self, network: str, found: dict[float, float]) -> list[float]:
+    def _grid(self, network: str, found: dict[float, float]) -> set[float]:
         start = 4 * RECIPES[network].learning_rate
         grid = {start * 2**k for k in (-1, 0, 1, 2)} | set(found)
         if grid <= found.keys():
@@ -148,19 +139,17 @@ class Trial:
                 grid.add(2 * best)
             elif best == min(grid):
                 grid.add(best / 2)
-        return sorted(grid)
+        return grid
 
     def _searched(self, network: str, length: int, root: Path) -> dict[float, float]:
         """Recorded results of a network's search at one length: from rate to final accuracy."""
-        prefix = _search_name(network, length, None)
-        there = runs.names(self.experiment, root=root) if (root / self.experiment).is_dir() else []
         found = {}
-        for name in there:
-            if name.startswith(prefix):
-                run = runs.read(self.experiment, name, root=root)
-                rate = run.manifest["configuration"]["recipe"]["learning_rate"]
-                finished = run.manifest["verdict"] == "finished"
-                found[rate] = float(run.where(part="held out")["top1"][-1]) if finished else 0.0
+        pattern = f"{_search_name(network, length)}*/manifest.json"
+        for path in sorted((root / self.experiment).glob(pattern)):
+            run = runs.read(self.experiment, path.parent.name, root=root)
+            rate = run.manifest["configuration"]["recipe"]["learning_rate"]
+            top1 = run.where(part="held out")["top1"]
+            found[rate] = float(top1[-1]) if run.verdict.finished else 0.0
         return found
 
     def best_rate(self, network: str, root: Path) -> float:
@@ -171,8 +160,7 @@ class Trial:
         RunError
             If the search is not over.
         """
-        length = self.steps(RECIPES[network]) // 4
-        found = self._searched(network, length, root)
+        found = self._searched(network, self.steps(RECIPES[network]) // 4, root)
         if len(found) < 2:
             raise runs.RunError(
                 f"the search for the rate of {network} is not recorded in {root}; "
@@ -182,50 +170,33 @@ class Trial:
 
     def arms(self, images: int, classes: int, root: Path) -> Iterator[Recipe]:
         """Both arms, seed after seed; Inception belongs to both."""
-        base = self.best_rate("inception", root)
-        times = base / RECIPES["inception"].learning_rate
+        times = self.best_rate("inception", root) / RECIPES["inception"].learning_rate
         for seed in range(self.seeds):
             for network in ("inception", "bn-x5", "bn-x30", "bn-x5-sigmoid", "bn-baseline"):
                 paper = RECIPES[network]
-                yield self.scaled(
-                    paper,
-                    images,
-                    classes,
-                    seed=seed,
-                    learning_rate=times * paper.learning_rate,
-                    name=f"a-{network}-seed-{seed}",
-                )
+                rates = {"a": times * paper.learning_rate}
                 if network in SEARCHED and network != "inception":
+                    rates["b"] = self.best_rate(network, root)
+                for arm, rate in rates.items():
+                    name = f"{arm}-{network}-seed-{seed}"
                     yield self.scaled(
-                        paper,
-                        images,
-                        classes,
-                        seed=seed,
-                        learning_rate=self.best_rate(network, root),
-                        name=f"b-{network}-seed-{seed}",
+                        paper, images, classes, seed=seed, learning_rate=rate, name=name
                     )
 
     def sigmoid(self, images: int, classes: int, root: Path) -> Iterator[Recipe]:
         """Inception with sigmoids, to its end: at Inception's rate, and at five times that."""
-        base = self.best_rate("inception", root)
+        paper, base = RECIPES["inception-sigmoid"], self.best_rate("inception", root)
         for seed in range(self.seeds):
-            for name, rate in (("inception-sigmoid", base), ("inception-sigmoid-x5", 5 * base)):
-                yield self.scaled(
-                    RECIPES["inception-sigmoid"],
-                    images,
-                    classes,
-                    seed=seed,
-                    learning_rate=rate,
-                    name=f"a-{name}-seed-{seed}",
-                )
+            for network, rate in (("inception-sigmoid", base), ("inception-sigmoid-x5", 5 * base)):
+                name = f"a-{network}-seed-{seed}"
+                yield self.scaled(paper, images, classes, seed=seed, learning_rate=rate, name=name)
 
     def edge(self, images: int, classes: int, root: Path) -> Iterator[Recipe]:
         """Constant rates, each twice the last, with and without normalization: which survive?"""
         del root
         for seed in range(self.seeds):
             for network in ("inception", "bn-x5"):
-                for doubling in range(11):
-                    rate = 0.003 * 2**doubling
+                for rate in (0.003 * 2**doubling for doubling in range(11)):
                     yield self.scaled(
                         RECIPES[network],
                         images,
@@ -267,18 +238,15 @@ class Trial:
 
     def members(self, images: int, classes: int, root: Path) -> Iterator[Recipe]:
         """The six networks of the ensemble, at the best rate of BN-x5 and BN-x30."""
+        rate = self.best_rate("bn-x5", root)
         for number, member in enumerate(ENSEMBLE.values(), 1):
-            yield self.scaled(
-                member,
-                images,
-                classes,
-                learning_rate=self.best_rate("bn-x5", root),
-                name=f"member-{number}",
-            )
+            name = f"member-{number}"
+            yield self.scaled(member, images, classes, learning_rate=rate, name=name)
 
 
-def _search_name(network: str, length: int, rate: float | None) -> str:
-    return f"search-{network}-steps-{length}-rate-" + ("" if rate is None else f"{rate:g}")
+def _search_name(network: str, length: int) -> str:
+    """Without the rate that follows."""
+    return f"search-{network}-steps-{length}-rate-"
 
 
 #: What is recorded besides the search, from a name to the recipes of its runs.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import io
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlib.imagenet.data.decode import DamagedImage
 from bnlib.imagenet.data.loader import Batches
@@ -34,10 +33,7 @@ def evaluate_held_out(
     out: Path,
     options: Options,
 ) -> Accuracy:
-    """Accuracy of :func:`inference_network` on held-out images; writes it to ``network.pt``.
-
-    The state of training is left as it was.
-    """
+    """Accuracy of :func:`inference_network`, which is written to ``network.pt`` in ``out``."""
     network = inference_network(state, stream)
     accuracy = evaluate(
         network,
@@ -59,29 +55,16 @@ def evaluate_held_out(
 def inference_network(state: State, stream: Callable[..., Batches]) -> nn.Module:
     """A copy of the network with averaged weights, and the statistics that the recipe asks for.
 
-    Parameters
-    ----------
-    state
-        Of the run.
-    stream
-        From ``start_step`` to this process's share of the training mini-batches from there on;
-        population statistics are taken over the next ones of training.
-
-    Raises
-    ------
-    Diverged
-        If the statistics of the population are not finite in any process.
+    Those of the population are over the next mini-batches of training; ``stream`` gives this
+    process's share of them from a ``start_step`` on.  If they are not finite in any process, that
+    is :class:`Diverged`.
     """
-    recipe, group = state.recipe, state.group
-    network = copy.deepcopy(state.average.module if state.average is not None else state.model)
-    network.eval()
-    if not any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-        return network
-    if recipe.statistics == "population":
+    recipe, group, network = state.recipe, state.group, state.averaged()
+    if recipe.statistics == "population" and recipe.normalization != "none":
         loader, overflow = stream(start_step=state.step), False
+        some = itertools.islice(loader, recipe.statistics_batches)
         try:
-            some = (next(loader)[1] for _ in range(recipe.statistics_batches))
-            population_statistics(network, some)
+            population_statistics(network, (images for _, images, _ in some))
         except DamagedImage:
             raise
         except ValueError as error:  # what else it refuses, training has refused before
@@ -89,5 +72,7 @@ def inference_network(state: State, stream: Callable[..., Batches]) -> nn.Module
             overflow = True
         if group.any_rank(overflow):
             raise Diverged(state.step)
-    group.average_statistics(network)
+    for name, buffer in network.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            group.mean(buffer)
     return network

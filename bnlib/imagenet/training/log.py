@@ -26,12 +26,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one cut short by a kill, at the end, is left out.
+    """The lines of a metrics file; a last one cut short by a kill is left out.
 
-    Raises
-    ------
-    ValueError
-        If another line is damaged.
+    Another line that is damaged is a ``ValueError``.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows: list[dict[str, Any]] = []
@@ -50,14 +47,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """``metrics.jsonl`` in the run's folder: one JSON object a line, each with its ``step``.
 
-    Parameters
-    ----------
-    folder
-        The run's folder.
-    step
-        Steps done so far; lines beyond, from before a resumption, are removed.
-    tensorboard
-        Whether to write TensorBoard's files in ``folder/tensorboard`` too.
+    Lines beyond ``step``, from before a resumption, are removed.  What it holds goes to
+    TensorBoard's files in ``tensorboard/`` too, if that is asked for.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
@@ -87,25 +78,19 @@ class Metrics:
                 os.truncate(self._path, size)  # no half line stays in the middle
         else:
             self._unwritten.clear()
-        with self._board_may_fail():
-            for name, value in _numbers(values):
-                if self._board:
+        if self._board:
+            try:
+                for name, value in _numbers(values):
                     self._board.add_scalar(name, value, step)
+            except OSError as error:  # the writer is of no use any more
+                _LOGGER.error("TensorBoard's files cannot be written: %s; going on without", error)
+                self._board = None
 
     def close(self) -> None:
         """Flush TensorBoard's files."""
-        with self._board_may_fail():
+        with errors_logged("the last of TensorBoard's files"):
             if self._board:
                 self._board.close()
-
-    @contextlib.contextmanager
-    def _board_may_fail(self) -> Iterator[None]:
-        """Its writer is of no use after a failure; everything is in ``metrics.jsonl`` too."""
-        try:
-            yield
-        except OSError as error:
-            _LOGGER.error("TensorBoard's files cannot be written: %s; going on without", error)
-            self._board = None
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -120,15 +105,6 @@ class Report:
     """What one training run shows and writes: a line of metrics, the bar, the recorded run.
 
     Every process calls its methods; the first one writes.
-
-    Parameters
-    ----------
-    state
-        Of the run, new or resumed.
-    out
-        The run's folder.
-    options
-        Which reports are wanted.
     """
 
     def __init__(self, state: State, out: Path, options: Options) -> None:
@@ -204,20 +180,19 @@ class Report:
         self._state.group.barrier()
 
     def _record(self, verdict: Verdict, dataset: str) -> None:
-        lines = []
+        state, lines = self._state, []
         for row in read_metrics(self._out / "metrics.jsonl"):
-            if held_out := row.get("evaluation"):
-                values = (held_out[name] for name in ("loss", "top1", "top5"))
-                lines.append((row["step"], "held out", *values))
-            elif "loss" in row:
-                lines.append((row["step"], "training", row["loss"], row["top1"], float("nan")))
-        columns = list(zip(*lines, strict=True)) or [()] * 5
+            part, values = "training", row
+            if "evaluation" in row:
+                part, values = "held out", row["evaluation"]
+            if "loss" in values:
+                top5 = values.get("top5", float("nan"))
+                lines.append((row["step"], part, values["loss"], values["top1"], top5))
         names = ("step", "part", "cross_entropy_nats", "top1", "top5")
-        state = self._state
         runs.write(
             self._options.experiment,
             state.recipe.name,
-            dict(zip(names, columns, strict=True)),
+            {name: [line[place] for line in lines] for place, name in enumerate(names)},
             configuration={
                 "recipe": dataclasses.asdict(state.recipe),
                 "options": dataclasses.asdict(self._options),

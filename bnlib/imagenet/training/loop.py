@@ -22,7 +22,11 @@ import contextlib
 import functools
 import itertools
 import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,12 +42,12 @@ from bnlib.imagenet.training.held_out import evaluate_held_out
 from bnlib.imagenet.training.log import Report
 from bnlib.imagenet.training.state import Diverged, State
 from bnlib.imagenet.training.step import train_step
-from bnlib.imagenet.training.stop import Stop, stop_signals
 from bnlib.runs import Verdict
 
 __all__ = ["train"]
 
 _LOGGER = logging.getLogger(__name__)
+_PATIENCE_S = 5.0
 
 
 def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -> Verdict:
@@ -80,7 +84,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
     out = Path(out)
     with (
         processes(options.device) as group,
-        stop_signals() as stop,
+        _stop_signals() as is_stop_asked,
         lock_run_folder(out) if group.first else contextlib.nullcontext(),
     ):
         _check_machine(recipe, group)
@@ -124,7 +128,7 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
                 train_step(state, network, images, labels, loader.steps_per_epoch)
                 report.advance()
                 is_last = state.step == recipe.steps
-                stopping = not is_last and _is_stop_asked(stop, state)
+                stopping = not is_last and is_stop_asked(state)
                 log, evaluation = is_due(options.log_every), is_evaluation_due()
                 # before an evaluation too, as it takes long and may fail
                 save = is_due(options.save_every) or evaluation or stopping
@@ -147,11 +151,36 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
         return verdict
 
 
-def _is_stop_asked(stop: Stop, state: State) -> bool:
-    """Whether any process is asked to stop; many processes ask each other every ten steps."""
-    if state.group.world > 1 and state.step % 10:
-        return False
-    return state.group.any_rank(stop.requested)
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[State], bool]]:
+    """SIGTERM and SIGINT ask for a stop after the step; gives whether any process is asked to.
+
+    Schedulers, terminals and ``torchrun`` may each send the same request, so further ones change
+    nothing; but a SIGINT that comes seconds later is from somebody who will not wait.
+    """
+    asked: list[float] = []
+    before: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            _LOGGER.warning("%s: saving and stopping", signal.Signals(number).name)
+        elif number == signal.SIGINT and asked[-1] - asked[0] > _PATIENCE_S:
+            raise KeyboardInterrupt
+
+    def is_stop_asked(state: State) -> bool:
+        if state.group.world > 1 and state.step % 10:  # many processes ask each other rarely
+            return False
+        return state.group.any_rank(bool(asked))
+
+    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+        with contextlib.suppress(ValueError):  # not in the main thread: signals go elsewhere
+            before[number] = signal.signal(number, ask)
+    try:
+        yield is_stop_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open(data: str | Path, split: str, out: Path, group: Processes) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -24,13 +25,7 @@ _NEVER = 2**62
 
 
 class Diverged(Exception):  # noqa: N818  (a result, not an error)
-    """Raised if the network has diverged.
-
-    Attributes
-    ----------
-    step
-        Steps after which a loss, a parameter or a statistic is not finite.
-    """
+    """Raised if a loss, a parameter or a statistic is not finite after ``step`` steps."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -40,48 +35,21 @@ class Diverged(Exception):  # noqa: N818  (a result, not an error)
 def weight_decay_on_weights(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: the L2 penalty is on the weights of convolutions and classifiers only."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    weights = [layer.weight for layer in layers]
-    ids = {id(weight) for weight in weights}
-    others = [p for p in model.parameters() if id(p) not in ids]
+    ids = {id(layer.weight) for layer in layers}
     return [
-        {"params": weights, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) in ids], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in ids], "weight_decay": 0.0},
     ]
 
 
 class State:
     """The state of a training run, new from the recipe's seed or resumed from a checkpoint.
 
-    Parameters
-    ----------
-    recipe
-        What is trained.
-    source
-        The training images.
-    group
-        The processes that train.
-
-    Attributes
-    ----------
-    identity
-        Everything that determines the numbers of the run: the recipe, the fingerprint of the data,
-        the number of processes.
-    classes
-        Names of the classes.
-    model
-        The network as trained.
-    average
-        The same with averaged weights; None if the recipe does not average.
-    optimizer
-        Of the model's parameters.
-    step
-        Steps done.
-    sums
-        Loss and fraction of correct answers, summed over the steps since ``logged``; float32 (2,).
-    logged
-        Step of the last line of metrics.
-    started
-        When the run was first started: UTC, ISO 8601.
+    ``identity`` is everything that determines the run's numbers: the recipe, the fingerprint of the
+    data, the number of processes.  ``average`` is the model with averaged weights, None if the
+    recipe does not average; ``step`` counts the steps done; ``sums`` are the loss and the fraction
+    of correct answers, float32 (2,), summed over the steps since ``logged``, the step of the last
+    line of metrics; ``started`` is when the run first was (UTC, ISO 8601).
     """
 
     def __init__(self, recipe: Recipe, source: Source, group: Processes) -> None:
@@ -114,6 +82,10 @@ class State:
         """Seconds spent so far, over all resumptions."""
         return self._seconds_before + time.perf_counter() - self._clock
 
+    def averaged(self) -> nn.Module:
+        """A copy of the network for evaluation, with averaged weights if the recipe averages."""
+        return copy.deepcopy(self.model if self.average is None else self.average.module).eval()
+
     def add_loss(self, loss: Tensor, correct: Tensor) -> None:
         """Note the loss of a micro-batch, and the fraction of correct answers."""
         self.sums += torch.stack([loss, correct]) / self.recipe.accumulate
@@ -121,12 +93,9 @@ class State:
         self._first_bad = torch.minimum(self._first_bad, bad)
 
     def check_finite(self) -> None:
-        """Refuse losses, parameters and statistics that are not finite, in any process.
+        """Raise :class:`Diverged` if a loss, parameter or statistic of any process is not finite.
 
-        Raises
-        ------
-        Diverged
-            With the smallest number of steps after which a loss was not finite, or the present one.
+        Its step is the first after which a loss was not, or the present one.
         """
         finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
         found = self._first_bad if finite else self._first_bad.clamp(max=self.step)
@@ -172,7 +141,8 @@ class State:
             the message lists the differences. If no checkpoint can be read, or the processes find
             different ones.
         """
-        self._load_checkpoint(folder, adapt)
+        if (found := checkpoint.load_latest(folder)) is not None:
+            self._load(found, folder, adapt)
         steps = torch.tensor([self.step, -self.step], device=self.group.device)
         most, least = self.group.all_reduce_max(steps).tolist()
         if most != -least:
@@ -181,10 +151,7 @@ class State:
                 f"{-least}; --out must be a folder that all machines share"
             )
 
-    def _load_checkpoint(self, folder: Path, adapt: bool) -> None:
-        found = checkpoint.load_latest(folder) if folder.is_dir() else None
-        if found is None:
-            return
+    def _load(self, found: dict[str, Any], folder: Path, adapt: bool) -> None:
         differences = _differences(found, self.identity)
         if differences and not adapt:
             listed = "\n".join(f"  {line}" for line in differences)
@@ -192,22 +159,17 @@ class State:
                 f"the checkpoint in {folder} is of another run:\n{listed}\n"
                 "Choose another --out, or go on from it all the same with --adapt"
             )
+        own = self.optimizer.state_dict()["param_groups"]  # decay and momentum of this recipe
         try:
             self.model.load_state_dict(found["model"])
             if self.average is not None:
                 self.average.load_state_dict(found["average"] or self.average.state_dict())
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.optimizer.load_state_dict(found["optimizer"] | {"param_groups": own})
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"the network in {folder} has other layers, to which --adapt cannot adapt: "
                 f"{' '.join(str(error).split())}"
             ) from error
-        for fresh, group in zip(
-            weight_decay_on_weights(self.model, self.recipe.weight_decay),
-            self.optimizer.param_groups,
-            strict=True,
-        ):
-            group["weight_decay"], group["momentum"] = fresh["weight_decay"], self.recipe.momentum
         self.step, self.started = found["step"], found["started"]
         self.sums.copy_(found.get("sums", self.sums))
         self.logged = found.get("logged", self.step)
@@ -218,11 +180,12 @@ class State:
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What differs between a checkpoint and the run that wants to go on from it, a line each."""
-    lines = []
     old, new = json.loads(found["recipe"]), json.loads(wanted["recipe"])
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            lines.append(f"recipe {name}: {old.get(name)!r} there, {new.get(name)!r} here")
+    lines = [
+        f"recipe {name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
     for name, what in (("data", "data set"), ("processes", "processes")):
         if found.get(name) != wanted[name]:
             lines.append(f"{what}: {found.get(name)!s:.24} there, {wanted[name]!s:.24} here")

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.state import State
 
-__all__ = ["compute_loss", "seed_dropout", "train_step", "update_ema", "update_weights"]
+__all__ = ["compute_loss", "seed_dropout", "train_step", "update_weights"]
 
 
 def train_step(
@@ -24,16 +23,8 @@ def train_step(
 ) -> None:
     """Take a step with this process's share of a mini-batch.
 
-    Parameters
-    ----------
-    state
-        Of the run; its weights, their average, the optimizer, the step and the sums change.
-    network
-        The model of ``state``, or what exchanges its gradients among the processes.
-    images, labels
-        float32 (n, 3, S, S) and int64 (n,), on the device.
-    steps_per_epoch
-        For the learning rate.
+    ``network`` is the model of ``state``, or what exchanges its gradients among the processes;
+    images are float32 (n, 3, S, S) and labels int64 (n,), on the device.
     """
     recipe, device = state.recipe, state.group.device
     network.train()
@@ -41,8 +32,10 @@ def train_step(
     seed_dropout(recipe, state.step, state.group.rank)
     images = images.to(memory_format=torch.channels_last)
     parts = zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True)
+    without_exchange = getattr(network, "no_sync", contextlib.nullcontext)
     for number, (part, targets) in enumerate(parts, 1):
-        with _gradients_exchanged(network, number == recipe.accumulate):
+        is_last = number == recipe.accumulate  # after it, processes exchange their gradients
+        with contextlib.nullcontext() if is_last else without_exchange():
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 logits = network(part)
                 loss = compute_loss(logits, targets)
@@ -57,7 +50,10 @@ def update_weights(state: State, steps_per_epoch: float) -> None:
         parameters["lr"] = state.recipe.learning_rate_at(state.step, steps_per_epoch)
     state.optimizer.step()
     if state.average is not None:
-        update_ema(state.average, state.model, state.recipe.polyak, state.step)
+        # faster at the start, or the average would stay near the initial weights
+        decay = min(state.recipe.polyak, (1 + state.step) / (10 + state.step))
+        state.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        state.average.update_parameters(state.model)
     state.step += 1
 
 
@@ -69,20 +65,3 @@ def seed_dropout(recipe: Recipe, step: int, rank: int) -> None:
 def compute_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in float32, of logits (m, classes) and labels (m,)."""
     return cross_entropy(logits.float(), targets)
-
-
-def update_ema(average: AveragedModel, model: nn.Module, polyak: float, step: int) -> None:
-    """Move the averaged weights towards those after step ``step``, counted from 0.
-
-    At the start they move faster, or they would stay near the initial weights.
-    """
-    average.multi_avg_fn = get_ema_multi_avg_fn(min(polyak, (1 + step) / (10 + step)))
-    average.update_parameters(model)
-
-
-@contextlib.contextmanager
-def _gradients_exchanged(network: nn.Module, now: bool) -> Iterator[None]:
-    """Among the processes, after the last micro-batch only."""
-    no_sync = getattr(network, "no_sync", contextlib.nullcontext)
-    with contextlib.nullcontext() if now else no_sync():
-        yield
