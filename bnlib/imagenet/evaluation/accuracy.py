@@ -21,24 +21,12 @@ __all__ = ["Accuracy", "accuracies", "count_correct", "evaluate", "load_network"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often the right class is first, and among the first five.
+    """How often the right class is the most probable, or among the five most probable."""
 
-    Attributes
-    ----------
-    top1
-        Fraction of ``n`` whose most probable class is the right one.
-    top5
-        Fraction of ``n`` whose right class is among the five most probable.
-    n
-        Images.
-    loss
-        Mean cross-entropy, nats.
-    """
-
-    top1: float
-    top5: float
-    n: int
-    loss: float
+    top1: float  #: fraction of n
+    top5: float  #: fraction of n
+    n: int  #: images
+    loss: float  #: mean cross-entropy, nats
 
     @classmethod
     def from_counts(cls, counts: Tensor) -> Accuracy:
@@ -62,20 +50,10 @@ class Accuracy:
 
 
 def count_correct(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Sums over images, which can be added up over mini-batches and processes.
+    """From (n, classes) and int64 (n,) to float64 (4,), for :meth:`Accuracy.from_counts`.
 
-    Parameters
-    ----------
-    log_probabilities
-        (n, classes).
-    labels
-        int64 (n,).
-
-    Returns
-    -------
-    torch.Tensor
-        Right, right among five, images and summed loss (nats), float64 (4,), for
-        :meth:`Accuracy.from_counts`.
+    Images that are right, right among five, all images, and the summed loss in nats, which can be
+    added up over mini-batches and processes.
     """
     five = min(5, log_probabilities.shape[1])
     hits = log_probabilities.topk(five).indices == labels[:, None]
@@ -93,48 +71,17 @@ def evaluate(
     group: Processes,
     workers: int = 0,
     batch: int = 100,
-    progress: bool = False,
 ) -> Accuracy:
-    """A network's accuracy on held-out images, which all processes of the group share.
-
-    Parameters and errors are those of :func:`bnlib.imagenet.evaluation.inference.predict`, for one
-    network; that there is no image to evaluate on is a ``ValueError``, too.
-    """
-    parts = predict(
-        [network],
-        source,
-        size,
-        crops,
-        group=group,
-        workers=workers,
-        batch=batch,
-        progress=progress,
-    )
+    """A network's accuracy, by :func:`bnlib.imagenet.evaluation.inference.predict`."""
+    parts = predict([network], source, size, crops, group=group, workers=workers, batch=batch)
     return accuracies(parts, 1, group)[0]
 
 
 def accuracies(predicted: Iterable[Predicted], networks: int, group: Processes) -> list[Accuracy]:
-    """Accuracy of networks, and of their ensemble: the arithmetic mean of their probabilities.
+    """Accuracy of each of the networks, and last of the arithmetic mean of their probabilities.
 
-    Parameters
-    ----------
-    predicted
-        What the networks say about this process's share of the images
-        (:func:`bnlib.imagenet.evaluation.inference.predict`).
-    networks
-        How many they are.
-    group
-        The processes over which images are counted.
-
-    Returns
-    -------
-    list of Accuracy
-        One a network, and last that of the ensemble; the same in every process.
-
-    Raises
-    ------
-    ValueError
-        If no process has an image that can be read.
+    Images are counted over all processes of the group, so that each has the same result; that none
+    of them has an image that can be read is a ``ValueError``.
     """
     total = torch.zeros(networks + 1, 4, dtype=torch.float64, device=group.device)
     for part in predicted:
@@ -154,18 +101,10 @@ def load_network(path: str | Path, source: Source | None = None) -> tuple[nn.Mod
     path
         ``network.pt`` of a run, which has the weights and statistics of the last evaluation; a
         checkpoint (averaged weights where there are some, moving averages as statistics); or the
-        run's folder, which stands for its ``network.pt`` or, before there is one, its newest
-        checkpoint.
+        run's folder: its ``network.pt`` or, before there is one, its newest checkpoint.
     source
-        The images that it shall be shown, if their labels are to be compared with those that it was
-        trained on.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`bnlib.imagenet.checkpoint.load` does.
-    SourceError
-        If the images are of other classes.
+        Images that it shall be shown; other classes than those of its training are a
+        ``SourceError``.
     """
     path = Path(path)
     if (path / "network.pt").is_file():

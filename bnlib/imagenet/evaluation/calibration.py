@@ -1,8 +1,8 @@
 """How far a network's probabilities can be believed: calibration, proper scores, temperature.
 
 A network is calibrated if, of the images to which it gives its first class with a probability of
-80 %, it has 80 % right. Every probability tensor is (n, classes), a row an image, each row summing
-to one; labels are int64 (n,). Shapes that do not fit, or no image, are a ``ValueError``.
+80 %, it has 80 % right. Probabilities are (n, classes), each row summing to one; labels are int64
+(n,). Shapes that do not fit, or no image, are a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -25,25 +25,12 @@ __all__ = [
 ]
 
 
-_COLDEST, _HOTTEST = 0.01, 100.0
-
-
 class Reliability(NamedTuple):
-    """Images in bins of confidence, the probability of the most probable class.
+    """Images in bins of confidence, the probability of the most probable class."""
 
-    Attributes
-    ----------
-    confidence
-        Mean confidence of each bin, float64 (bins,).
-    accuracy
-        Fraction of each bin's images whose most probable class is the right one, float64 (bins,).
-    images
-        Images of each bin, int64 (bins,).
-    """
-
-    confidence: Tensor
-    accuracy: Tensor
-    images: Tensor
+    confidence: Tensor  #: mean of each bin, float64 (bins,)
+    accuracy: Tensor  #: fraction of each bin's images that are right, float64 (bins,)
+    images: Tensor  #: number in each bin, int64 (bins,)
 
 
 def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -57,14 +44,9 @@ def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_losses(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """The log loss of every image, minus the logarithm of the right class's probability.
+    """Minus the logarithm of the right class's probability, for every image: nats, float64 (n,).
 
-    Their mean is the cross-entropy, or negative log-likelihood.
-
-    Returns
-    -------
-    torch.Tensor
-        Nats, float64 (n,); a probability below ``1e-12`` counts as ``1e-12``.
+    Their mean is the cross-entropy. A probability below ``1e-12`` counts as ``1e-12``.
     """
     right = _checked(probabilities, labels).gather(1, labels[:, None])[:, 0]
     return -right.clamp_min(SMALLEST).log()
@@ -86,19 +68,8 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliab
     """Confidence and accuracy in bins that hold equally many images (up to one).
 
     Bins of equal width, as in Guo et al. (2017), leave some with hardly an image; with bins of
-    equal mass (Nixon et al., 2019) every point of the curve is equally sure.
-
-    Parameters
-    ----------
-    probabilities, labels
-        (n, classes) and int64 (n,).
-    bins
-        How many; from 1 to n.
-
-    Raises
-    ------
-    ValueError
-        If ``bins`` is out of range.
+    equal mass (Nixon et al., 2019) every point of the curve is equally sure. A number of bins that
+    is not from 1 to n is a ``ValueError``.
     """
     confidence, first = _checked(probabilities, labels).max(1)
     if not 1 <= bins <= len(labels):
@@ -131,12 +102,8 @@ def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 
     .. math:: p_k \\mapsto p_k^{1/T} / \\textstyle\\sum_j p_j^{1/T}
 
-    Above 1 it makes less sure, below 1 more; the order of the classes stays.
-
-    Raises
-    ------
-    ValueError
-        If the temperature is not positive.
+    Above 1 it makes less sure, below 1 more; the order of the classes stays. One that is not
+    positive is a ``ValueError``.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
@@ -144,21 +111,16 @@ def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
-    """The temperature with the smallest mean log loss (Guo et al., 2017).
+    """The temperature from 0.01 to 100 with the smallest mean log loss (Guo et al., 2017).
 
     The loss is convex in :math:`\\beta = 1/T`; its derivative is the mean over images of the
     expectation of :math:`\\log p` under :math:`p^\\beta` less :math:`\\log p` of the right class,
     and the temperature is where it changes its sign. Fit it on other images than those that it is
     judged on.
-
-    Returns
-    -------
-    float
-        From 0.01 to 100, even if the loss falls beyond.
     """
     logs = _checked(probabilities, labels).clamp_min(SMALLEST).log()
     right = logs.gather(1, labels[:, None])[:, 0]
-    low, high = 1 / _HOTTEST, 1 / _COLDEST
+    low, high = 0.01, 100.0
     for _ in range(60):
         beta = (low * high) ** 0.5
         slope = ((beta * logs).softmax(1) * logs).sum(1).mean() - right.mean()

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from bnlib.imagenet.data.decode import resize
 
 __all__ = ["CROPS", "View", "cropped", "views"]
 
@@ -36,68 +37,43 @@ def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
     return width * shorter // least, height * shorter // least
 
 
-def _five(size: int, side: int) -> list[tuple[int, int]]:
-    """Corners (left, top) of the four corner crops and the middle one in a square."""
-    far, middle = side - size, round((side - size) / 2)
-    return [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
+def _five(width: int, height: int, size: int) -> list[tuple[int, int]]:
+    """Left and top of the four corner crops and the middle one."""
+    right, low = width - size, height - size
+    return [(0, 0), (right, 0), (0, low), (right, low), (round(right / 2), round(low / 2))]
 
 
 def views(width: int, height: int, size: int, crops: int) -> list[View]:
     """The crops of an image, in a fixed order.
 
-    Parameters
-    ----------
-    width, height
-        Of the image, pixels.
-    size
-        Height and width of a crop, pixels.
-    crops
-        1: the middle, with the shorter side 8/7 of ``size``.  10: there, the four corners and the
-        middle of the image, and their mirror images.  144: GoogLeNet's.
-
-    Raises
-    ------
-    ValueError
-        If there is no such number of crops.
+    With 1, the middle of the image whose shorter side is 8/7 of ``size``; with 10, its four corners
+    too, and their mirror images; with 144, GoogLeNet's. Another number is a ``ValueError``.
     """
     if crops not in CROPS:
         raise ValueError(f"crops is {crops}; it must be one of {CROPS}")
     if crops < 144:
         shorter = round(size * 8 / 7)
-        wide, high = _resized(width, height, shorter)
-        middle = round((wide - size) / 2), round((high - size) / 2)
+        places = _five(*_resized(width, height, shorter), size)
         if crops == 1:
-            return [View(shorter, *middle, size, False)]
-        far = wide - size, high - size
-        corners = [(0, 0), (far[0], 0), (0, far[1]), far, middle]
-        return [View(shorter, *at, size, mirrored) for at in corners for mirrored in (False, True)]
+            return [View(shorter, *places[-1], size, False)]
+        return [View(shorter, *at, size, mirrored) for at in places for mirrored in (False, True)]
     found = []
     for sevenths in (8, 9, 10, 11):
         shorter = round(size * sevenths / 7)
         wide, high = _resized(width, height, shorter)
         for step in (0, 0.5, 1):
             left, top = round((wide - shorter) * step), round((high - shorter) * step)
-            inside = [(left + x, top + y, size) for x, y in _five(size, shorter)]
+            inside = [(left + x, top + y, size) for x, y in _five(shorter, shorter, size)]
             for view in (*inside, (left, top, shorter)):
                 found += [View(shorter, *view, mirrored) for mirrored in (False, True)]
     return found
 
 
 def cropped(image: Tensor, size: int, crops: int) -> list[Tensor]:
-    """The crops as images.
+    """The :func:`views` of an image, uint8 (3, H, W), as images, uint8 (3, size, size).
 
-    Parameters
-    ----------
-    image
-        uint8 (3, H, W).
-    size, crops
-        As in :func:`views`.
-
-    Returns
-    -------
-    list of torch.Tensor
-        uint8 (3, size, size) each. A crop that occurs more than once, as GoogLeNet's three squares
-        of an image that is itself square, is one tensor at several places of the list.
+    A crop that occurs more than once, as GoogLeNet's three squares of an image that is itself
+    square, is one tensor at several places of the list.
     """
     height, width = image.shape[1:]
     resized: dict[int, Tensor] = {}
@@ -106,22 +82,9 @@ def cropped(image: Tensor, size: int, crops: int) -> list[Tensor]:
     for view in dict.fromkeys(order):
         if view.shorter not in resized:
             wide, high = _resized(width, height, view.shorter)
-            resized[view.shorter] = _resize(image, high, wide)
-        part = resized[view.shorter][:, view.top : view.top + view.side][
-            :, :, view.left : view.left + view.side
-        ]
-        if view.side != size:
-            part = _resize(part, size, size)
+            resized[view.shorter] = resize(image, high, wide)
+        rows = slice(view.top, view.top + view.side)
+        columns = slice(view.left, view.left + view.side)
+        part = resize(resized[view.shorter][:, rows, columns], size, size)
         found[view] = part.flip(-1) if view.mirrored else part
     return [found[view] for view in order]
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    if image.shape[1:] == (height, width):
-        return image
-    return torch.nn.functional.interpolate(
-        image[None].contiguous(memory_format=torch.channels_last),
-        (height, width),
-        mode="bilinear",
-        antialias=True,
-    )[0]

@@ -1,24 +1,38 @@
-"""What recorded runs of the ImageNet networks show: curves, and their spread over seeds.
+"""What recorded runs of the ImageNet networks show: curves over seeds, and Figure 3 of the paper.
 
 A recorded run is one network from one seed, named ``bn-x5`` or ``bn-x5-seed-2``; runs of the same
 network are read together as :class:`Curves`, whether they are of the miniature or of full size.
-pandas is needed (``pip install 'bnlib[book]'``).
+pandas is needed (``pip install 'bnlib[book]'``)::
+
+    print(figure3("imagenet", ["inception", "bn-baseline", "bn-x5", "bn-x30"]))
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from bnlib import runs
 
-__all__ = ["Best", "Curves", "read_curves", "recorded_networks", "root_of", "steps_to_level"]
+__all__ = [
+    "PRINTED_LEVEL",
+    "Curves",
+    "figure3",
+    "printed_figure3",
+    "read_curves",
+    "recorded_networks",
+    "root_of",
+    "steps_to_level",
+]
 
+#: The accuracy that Figure 3 counts steps to, which is the maximum of the plain Inception.
+PRINTED_LEVEL = 0.722
 _NAME = re.compile(r"(?P<network>.+?)(?:-seed-(?P<seed>\d+))?")
 
 
@@ -49,37 +63,17 @@ def steps_to_level(curve: pd.Series, level: float) -> float:
     return float(before + (level - least) / (value - least) * (step - before))
 
 
-class Best(NamedTuple):
-    """The highest point of a curve, and the step where it is first reached; NaN without a point."""
-
-    value: float
-    step: float
-
-
-def _best(curve: pd.Series) -> Best:
-    if not curve.notna().any():
-        return Best(math.nan, math.nan)
-    return Best(float(curve.max()), float(curve.idxmax()))
-
-
 @dataclass(frozen=True)
 class Curves:
     """One network's curve from every seed that has been recorded.
 
-    Attributes
-    ----------
-    network
-        Its name, such as ``bn-x5``.
-    values
-        A row for every step that was evaluated, a column for every seed, indexed by them; NaN
-        after a run that diverged.
-    recorded
-        The runs, in the order of the columns.
+    ``values`` has a row for every step that was evaluated and a column for every seed, indexed by
+    them; it is NaN after a run that diverged.
     """
 
-    network: str
-    values: pd.DataFrame
-    recorded: tuple[runs.Run, ...]
+    network: str  #: its name, such as ``bn-x5``
+    values: pd.DataFrame  #: what was measured
+    recorded: tuple[runs.Run, ...]  #: the runs, in the order of the columns
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -103,14 +97,6 @@ class Curves:
         verdicts = (run.verdict for run in self.recorded)
         return tuple(verdict.step if verdict.diverged else None for verdict in verdicts)
 
-    def best(self) -> Best:
-        """The highest point of the mean over seeds."""
-        return _best(self.mean)
-
-    def best_each(self) -> list[Best]:
-        """The highest point of every seed's own curve."""
-        return [_best(curve) for _, curve in self.values.items()]
-
     def steps_to(self, level: float) -> float:
         """Where the mean over seeds first reaches a level (see :func:`steps_to_level`)."""
         return steps_to_level(self.mean, level)
@@ -121,25 +107,13 @@ class Curves:
 
     def frame(self) -> pd.DataFrame:
         """Everything recorded, of every part: network, seed, and the columns of the runs."""
-        return pd.concat(
-            [
-                run.frame(network=self.network, seed=seed)
-                for seed, run in zip(self.seeds, self.recorded, strict=True)
-            ],
-            ignore_index=True,
-        )
+        each = zip(self.seeds, self.recorded, strict=True)
+        frames = [run.frame(network=self.network, seed=seed) for seed, run in each]
+        return pd.concat(frames, ignore_index=True)
 
 
 def root_of(experiment: str, elsewhere: str | Path = "") -> Path:
-    """The folder of recorded runs to read an experiment from.
-
-    Parameters
-    ----------
-    experiment
-        Such as ``imagenet``.
-    elsewhere
-        A folder that is taken if it holds the experiment; else it is the project's ``data/runs``.
-    """
+    """The folder ``elsewhere`` if it holds recorded runs of the experiment, else ``data/runs``."""
     if str(elsewhere) and (Path(elsewhere) / experiment).is_dir():
         return Path(elsewhere)
     return runs.data_folder() / "runs"
@@ -168,12 +142,12 @@ def read_curves(
     column: str = "top1",
     root: Path | None = None,
 ) -> Curves:
-    """Every recorded run of a network.
+    """Every recorded run of a network: ``<root>/<experiment>/<network>`` and ``...-seed-<k>``.
 
     Parameters
     ----------
     experiment, network
-        The runs are ``<root>/<experiment>/<network>`` and ``<network>-seed-<k>``.
+        Such as ``imagenet`` and ``bn-x5``.
     part
         "held out" or "training".
     column
@@ -201,23 +175,107 @@ def read_curves(
         rows = run.frame().set_index("step")  # no rows if it diverged before the first
         curves.append(rows.loc[rows["part"] == part, column].astype(float))
     steps = max((curve.index for curve in curves), key=len)
+    first = found[0].manifest["configuration"]["recipe"]
     for name, curve, run in zip(names, curves, found, strict=True):
         if not curve.index.equals(steps[: len(curve)]):
             raise ValueError(
                 f"{experiment}/{name} was not evaluated at the steps of the other runs of "
                 f"{network}; record it again with the same --eval-every and --log-every"
             )
-        _check_recipe(run, found[0], network)
+        recipe = run.manifest["configuration"]["recipe"]
+        for field, value in first.items():
+            if field not in ("name", "seed") and recipe[field] != value:
+                raise ValueError(
+                    f"{experiment}/{name} has {field} {recipe[field]!r}, other runs of {network} "
+                    f"{value!r}; give it a name of its own"
+                )
     seeds = [run.manifest["seed"] for run in found]
     values = pd.concat([curve.reindex(steps) for curve in curves], axis=1, keys=seeds)
     return Curves(network, values, found)
 
 
-def _check_recipe(run: runs.Run, first: runs.Run, network: str) -> None:
-    recipe, expected = (each.manifest["configuration"]["recipe"] for each in (run, first))
-    for field, value in expected.items():
-        if field not in ("name", "seed") and recipe[field] != value:
-            raise ValueError(
-                f"{run.manifest['experiment']}/{run.manifest['name']} has {field} "
-                f"{recipe[field]!r}, other runs of {network} {value!r}; give it a name of its own"
-            )
+def figure3(
+    experiment: str,
+    networks: Sequence[str],
+    *,
+    level: float | None = None,
+    root: Path | None = None,
+) -> pd.DataFrame:
+    """Figure 3 from recorded runs of the miniature or of the paper's own size.
+
+    Parameters
+    ----------
+    experiment
+        Such as ``imagenet``.
+    networks
+        The rows, in their order.
+    level
+        The held-out accuracy to be reached, a fraction; by default the maximum of ``inception``, as
+        the paper's 72.2% is.
+    root
+        ``data/runs`` of the project by default.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a network, named ``network``, with
+
+        * ``initial_learning_rate``, ``batch_size``: of the recipe that ran
+        * ``seeds``: how many runs the row is the mean of
+        * ``steps_to_level``: where the mean over seeds first reaches the level; infinite if never
+        * ``steps_low``, ``steps_high``: the range of the seeds' own steps
+        * ``speedup``: the steps of ``inception`` over this network's, each weighted with its
+          mini-batch; NaN without runs of ``inception`` or if neither gets there
+        * ``max_accuracy``, ``max_accuracy_at``: the highest point of the mean over seeds, a
+          fraction, and its step
+        * ``max_low``, ``max_high``: the range of the seeds' own maxima
+
+    Raises
+    ------
+    RunError, ValueError
+        As :func:`read_curves` does; also if there is neither a level nor a run of ``inception``.
+    """
+    base = math.nan  # examples
+    if "inception" in recorded_networks(experiment, root=root):
+        reference = read_curves(experiment, "inception", root=root)
+        level = reference.mean.max() if level is None else level
+        base = reference.steps_to(level) * reference.recipe["batch_size"]
+    elif level is None:
+        raise runs.RunError(
+            f"{experiment!r} has no run of the baseline 'inception'; give the level to reach, such "
+            "as the paper's 0.722"
+        )
+    rows = []
+    for network in networks:
+        curves = read_curves(experiment, network, root=root)
+        mean, maxima = curves.mean, curves.values.max()
+        steps, each = curves.steps_to(level), curves.steps_to_each(level)
+        rows.append(
+            {
+                "network": network,
+                "initial_learning_rate": curves.recipe["learning_rate"],
+                "batch_size": curves.recipe["batch_size"],
+                "seeds": len(curves.seeds),
+                "steps_to_level": steps,
+                "steps_low": min(each),
+                "steps_high": max(each),
+                "speedup": base / (steps * curves.recipe["batch_size"]),
+                "max_accuracy": mean.max(),
+                "max_accuracy_at": mean.idxmax() if mean.notna().any() else math.nan,
+                "max_low": maxima.min(),
+                "max_high": maxima.max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def printed_figure3() -> pd.DataFrame:
+    """Figure 3 as printed, from ``data/paper/figure3.csv``.
+
+    A row a network, with its ``network`` name in the paper, its ``recipe`` here, and
+    ``initial_learning_rate``, ``steps_to_level`` (to 72.2%), ``max_accuracy`` (a fraction),
+    ``max_accuracy_at`` (a step); NaN where the paper prints nothing. ``learning_rate_is`` says
+    whether the rate is "stated" or "implied" by the text.
+    """
+    path = runs.data_folder() / "paper" / "figure3.csv"
+    return pd.read_csv(path).rename(columns={"steps_to_72.2": "steps_to_level"})

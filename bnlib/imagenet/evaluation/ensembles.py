@@ -16,37 +16,13 @@ __all__ = ["SMALLEST", "Interval", "arithmetic_mean", "geometric_mean", "paired_
 #: The smallest recorded probability whose logarithm is taken, as one that was rounded to zero would
 #: have an infinite log loss.
 SMALLEST = 1e-12
+_DRAWS = 4000
 _AT_ONCE = 4_000_000  # random indices that are drawn at once
 
 
-def _stacked(members: Sequence[Tensor]) -> Tensor:
-    shapes = {tuple(member.shape) for member in members}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"the networks' probabilities have the shapes {sorted(shapes)}; one needed"
-        )
-    return torch.stack(list(members))
-
-
 def arithmetic_mean(members: Sequence[Tensor]) -> Tensor:
-    """The mean of the networks' probabilities: the paper's ensemble (section 4.2.3).
-
-    Parameters
-    ----------
-    members
-        For each network, probabilities (n, classes).
-
-    Returns
-    -------
-    torch.Tensor
-        Probabilities (n, classes).
-
-    Raises
-    ------
-    ValueError
-        If there is no network, or they differ in images or classes.
-    """
-    return _stacked(members).mean(0)
+    """The mean of the networks' probabilities: the paper's ensemble (section 4.2.3)."""
+    return torch.stack(list(members)).mean(0)
 
 
 def geometric_mean(members: Sequence[Tensor]) -> Tensor:
@@ -56,23 +32,8 @@ def geometric_mean(members: Sequence[Tensor]) -> Tensor:
 
     The same as the softmax of the mean of the networks' logits; Heskes (1998) calls it the
     logarithmic opinion pool.
-
-    Parameters
-    ----------
-    members
-        For each network, probabilities (n, classes).
-
-    Returns
-    -------
-    torch.Tensor
-        Probabilities (n, classes).
-
-    Raises
-    ------
-    ValueError
-        As :func:`arithmetic_mean` does.
     """
-    return _stacked(members).clamp_min(SMALLEST).log().mean(0).softmax(1)
+    return torch.stack(list(members)).clamp_min(SMALLEST).log().mean(0).softmax(1)
 
 
 class Interval(NamedTuple):
@@ -84,57 +45,40 @@ class Interval(NamedTuple):
 
 
 def paired_bootstrap(
-    values: Tensor,
-    statistic: Callable[[Tensor], Tensor],
-    *,
-    level: float = 0.95,
-    draws: int = 4000,
-    seed: int = 0,
+    values: Tensor, statistic: Callable[[Tensor], Tensor], *, seed: int = 0
 ) -> Interval:
-    """An interval for a function of means over images, all predictors on the same images.
+    """A 95 % interval for a function of means over images, all predictors on the same images.
 
     Whole images are drawn with replacement, as many as there are, so that what an image does to
     one predictor stays with what it does to the others; the interval lies between two percentiles
-    of the statistic over the draws (Efron and Tibshirani, 1993, chapter 13). It tells how the
+    of the statistic over 4000 draws (Efron and Tibshirani, 1993, chapter 13). It tells how the
     result would change with other images, not with other networks.
 
     Parameters
     ----------
     values
-        (n, k): for each image one number a predictor, such as 1 where it is wrong and 0 where it
-        is right.
+        (n, k): for each image one number a predictor, such as 1 where it is wrong, else 0.
     statistic
         From the means (draws, k) to (draws,). The difference of two predictors is
         ``lambda means: means[:, 1] - means[:, 0]``.
-    level
-        Probability that the percentiles enclose.
-    draws
-        How often images are drawn.
     seed
         Of the drawing.
 
     Raises
     ------
     ValueError
-        If ``values`` is not (n, k) with at least one image, or ``level`` not between 0 and 1, or
-        ``draws`` not positive.
+        If ``values`` is not (n, k) with at least one image.
     """
     if values.ndim != 2 or not len(values):
         raise ValueError(f"values has the shape {tuple(values.shape)}; it must be (images, k)")
-    if not 0 < level < 1 or draws < 1:
-        raise ValueError(
-            f"level is {level} and draws {draws}; level must be between 0 and 1, draws at least 1"
-        )
     values = values.double()
     n = len(values)
     generator = torch.Generator().manual_seed(seed)
-    found, left = [], draws
-    while left:
-        several = min(left, max(1, _AT_ONCE // n))
-        chosen = torch.randint(n, (several, n), generator=generator)
+    found = []
+    for some in torch.arange(_DRAWS).split(max(1, _AT_ONCE // n)):
+        chosen = torch.randint(n, (len(some), n), generator=generator)
         means = [column[chosen].mean(1) for column in values.unbind(1)]
         found.append(statistic(torch.stack(means, 1)))
-        left -= several
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.cat(found).double().quantile(tails).tolist()
     return Interval(float(statistic(values.mean(0, keepdim=True))), low, high)

@@ -36,21 +36,11 @@ __all__ = ["Predicted", "predict"]
 
 
 class Predicted(NamedTuple):
-    """What networks say about a few images.
+    """What networks say about a few images, on the device."""
 
-    Attributes
-    ----------
-    log_probabilities
-        float32 (networks, n, classes), on the device.
-    labels
-        int64 (n,), on the device.
-    indices
-        int64 (n,): which examples of the source they are, on the device.
-    """
-
-    log_probabilities: Tensor
-    labels: Tensor
-    indices: Tensor
+    log_probabilities: Tensor  #: float32 (networks, n, classes)
+    labels: Tensor  #: int64 (n,)
+    indices: Tensor  #: int64 (n,): which examples of the source they are
 
 
 class _Crops(NamedTuple):
@@ -72,35 +62,25 @@ class _Cutting(Dataset[_Crops]):
 
     def __getitem__(self, number: int) -> _Crops:
         pixels, shares = list[Tensor](), list[float]()
-        counts, labels, indices = list[int](), list[int](), list[int]()
+        images = list[tuple[int, int, int]]()  # different crops, label, index
         damaged: dict[str, str] = {}
         for index in self.chunks[number]:
             try:
-                found, label = self._cut(index)
+                encoded, label = read_example(self.source, index)
+                wanted = views(encoded.width, encoded.height, self.size, self.crops)
+                largest = max(view.shorter for view in wanted)
+                encoded.size_with_shorter(largest)  # refuses what would become too long
+                found = Counter(cropped(encoded.decode(), self.size, self.crops))
             except DamagedImage as error:
                 damaged[error.name] = error.reason
                 continue
             pixels += found
             shares += [occurrences / self.crops for occurrences in found.values()]
-            counts.append(len(found))
-            labels.append(label)
-            indices.append(index)
+            images.append((len(found), label, index))
+        counts, labels, indices = torch.tensor(images, dtype=torch.int64).view(-1, 3).unbind(1)
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return _Crops(
-            torch.stack(pixels) if pixels else empty,
-            torch.tensor(shares),
-            torch.tensor(counts, dtype=torch.int64),
-            torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(indices, dtype=torch.int64),
-            damaged,
-        )
-
-    def _cut(self, index: int) -> tuple[Counter[Tensor], int]:
-        """An image's different crops, how often each occurs, and its label."""
-        encoded, label = read_example(self.source, index)
-        wanted = views(encoded.width, encoded.height, self.size, self.crops)
-        encoded.size_with_shorter(max(view.shorter for view in wanted))  # refuses what is too long
-        return Counter(cropped(encoded.decode(), self.size, self.crops)), label
+        stacked = torch.stack(pixels) if pixels else empty
+        return _Crops(stacked, torch.tensor(shares), counts, labels, indices, damaged)
 
 
 def predict(
@@ -116,32 +96,23 @@ def predict(
 ) -> Iterator[Predicted]:
     """Class log-probabilities of this process's share of the images, a few images at a time.
 
-    Every image is decoded once for all networks. Images that cannot be read are left out, with a
-    warning in the log.
+    Every image is decoded once for all networks. The order is that of the source; images that
+    cannot be read are left out, with a warning in the log.
 
     Parameters
     ----------
     networks
         In evaluation mode, on the device of ``group``.
     source
-        The images. Of ``group.world`` processes each takes every so many-th image.
+        The images; each process of the group takes every so many-th.
     size
         Height and width of a crop, pixels.
     crops
         Views of an image: 1, 10 or 144; see :mod:`bnlib.imagenet.evaluation.crops`.
-    group
-        The processes that share the images.
     workers
         Processes that decode images and cut crops; 0 does that in this one. Changes no result.
     batch
         Crops that go through a network at once.
-    progress
-        Whether to show a progress bar.
-
-    Yields
-    ------
-    Predicted
-        In the order of the source.
 
     Raises
     ------

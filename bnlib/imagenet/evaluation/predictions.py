@@ -38,39 +38,19 @@ ACCURACIES = "imagenet-crops"
 
 
 class Evaluated(NamedTuple):
-    """What is evaluated: one network or an ensemble.
+    """The accuracy of one network or of an ensemble."""
 
-    Attributes
-    ----------
-    network
-        Name of its recipe, or ``ensemble``.
-    models
-        Networks whose probabilities are averaged.
-    crops
-        Views of each image: 1, 10 or 144.
-    accuracy
-        What came out.
-    """
-
-    network: str
-    models: int
-    crops: int
-    accuracy: Accuracy
+    network: str  #: name of its recipe, or ``ensemble``
+    models: int  #: networks whose probabilities are averaged
+    crops: int  #: views of each image: 1, 10 or 144
+    accuracy: Accuracy  #: over all images
 
 
 class Predictions(NamedTuple):
-    """What a network says about every held-out image.
+    """What a network says about every held-out image."""
 
-    Attributes
-    ----------
-    probabilities
-        float64 (n, classes), each row summing to one.
-    labels
-        int64 (n,), the right classes.
-    """
-
-    probabilities: Tensor
-    labels: Tensor
+    probabilities: Tensor  #: float64 (n, classes), each row summing to one
+    labels: Tensor  #: int64 (n,), the right classes
 
 
 def record_accuracies(
@@ -82,42 +62,20 @@ def record_accuracies(
     started: float,
     root: Path | None = None,
 ) -> Path:
-    """Write accuracies as a recorded run of the experiment ``imagenet-crops``.
+    """Write accuracies, a row each, as a recorded run of the experiment ``imagenet-crops``.
 
-    Parameters
-    ----------
-    name
-        Of the run.
-    found
-        A row each.
-    recipes
-        Of the networks; their seeds are those of the run.
-    source
-        The held-out images.
-    started
-        When it began: seconds since the epoch, as ``time.time()`` gives them.
-    root
-        As in :func:`bnlib.runs.write`.
-
-    Returns
-    -------
-    pathlib.Path
-        The run's folder; move it to ``data/runs/imagenet-crops/`` for chapter 13 to show it.
-
-    Raises
-    ------
-    ValueError
-        As :func:`bnlib.runs.check_name` does.
+    ``recipes`` are those of the networks, ``source`` has the held-out images, and ``started`` is
+    what ``time.time()`` gave at the beginning. Returns the run's folder; in
+    ``data/runs/imagenet-crops/`` chapter 13 shows it. Else as :func:`bnlib.runs.write`.
     """
-    scores = [row.accuracy for row in found]
     columns: dict[str, list[Any]] = {
         "network": [row.network for row in found],
         "models": [row.models for row in found],
         "crops": [row.crops for row in found],
-        "n": [score.n for score in scores],
-        "top1": [score.top1 for score in scores],
-        "top5": [score.top5 for score in scores],
-        "cross_entropy_nats": [score.loss for score in scores],
+        "n": [row.accuracy.n for row in found],
+        "top1": [row.accuracy.top1 for row in found],
+        "top5": [row.accuracy.top5 for row in found],
+        "cross_entropy_nats": [row.accuracy.loss for row in found],
     }
     return runs.write(ACCURACIES, name, columns, **_manifest(recipes, source, started), root=root)
 
@@ -145,49 +103,22 @@ def record_probabilities(
     root: Path | None = None,
     *,
     device: str = "auto",
-    workers: int = 0,
-    batch: int = 576,
 ) -> Path:
-    """Record what a trained network says about every held-out image.
+    """Record what a trained network says about every held-out image, as a run of an experiment.
 
     The run has a row an image, in the source's order, and the columns ``label``, ``p0``, ``p1`` and
-    so on: the mean probability over the crops, with four significant digits.
-
-    Parameters
-    ----------
-    run_folder
-        A run's folder or its ``network.pt``, as in
-        :func:`~bnlib.imagenet.evaluation.accuracy.load_network`.
-        The recipe's name becomes part of the recording's, by :func:`run_name`.
-    data
-        As in :func:`~bnlib.imagenet.data.folders.open_source`; its held-out part is used.
-    crops
-        1, 10 or 144.
-    experiment, root
-        As in :func:`bnlib.runs.write`.
-    device
-        "auto", "cpu", "cuda" or another device of torch.
-    workers, batch
-        As in :func:`~bnlib.imagenet.evaluation.inference.predict`.
-
-    Returns
-    -------
-    pathlib.Path
-        The recording's folder.
-
-    Raises
-    ------
-    ValueError
-        If an image cannot be read: networks must be compared on the same images.
+    so on: the mean probability over 1, 10 or 144 crops, with four significant digits. Its name is
+    :func:`run_name` of the recipe's. An image that cannot be read is a ``ValueError``, as networks
+    must be compared on the same images. ``run_folder`` is the path of
+    :func:`~bnlib.imagenet.evaluation.accuracy.load_network`, ``data`` the location of
+    :func:`~bnlib.imagenet.data.folders.open_source`.
     """
     started, source = time.time(), open_source(data, "val")
     network, recipe = load_network(run_folder, source)
     with processes(device) as group:
         found = torch.zeros(len(source), recipe.num_classes, device=group.device)
         network = network.to(group.device).to(memory_format=torch.channels_last)
-        for part in predict(
-            [network], source, recipe.image_size, crops, group=group, workers=workers, batch=batch
-        ):
+        for part in predict([network], source, recipe.image_size, crops, group=group, batch=576):
             found[part.indices] = part.log_probabilities[0].exp()
         group.sum(found)
     if unread := (found.sum(1) == 0).nonzero()[:, 0].tolist():
@@ -211,22 +142,9 @@ def read_probabilities(
 ) -> Predictions:
     """What :func:`record_probabilities` wrote; what rounding left is spread, so that rows sum to 1.
 
-    Parameters
-    ----------
-    network
-        Name of its recipe.
-    crops
-        1, 10 or 144.
-    experiment, root
-        As in :func:`bnlib.runs.read`.
-
-    Raises
-    ------
-    bnlib.runs.RunError
-        As :func:`bnlib.runs.read` does.
+    A run that is missing or altered is a ``RunError``.
     """
     run = runs.read(experiment, run_name(network, crops), root=root)
-    columns = [run[f"p{k}"] for k in range(len(run.columns) - 1)]
-    found = torch.stack([torch.from_numpy(column) for column in columns], 1)
-    labels = torch.from_numpy(run["label"]).long()
-    return Predictions(found / found.sum(1, keepdim=True), labels)
+    columns = [torch.from_numpy(run[f"p{k}"]) for k in range(len(run.columns) - 1)]
+    found = torch.stack(columns, 1)
+    return Predictions(found / found.sum(1, keepdim=True), torch.from_numpy(run["label"]).long())

@@ -18,6 +18,7 @@ from bnlib import runs
 from bnlib.imagenet import RECIPES
 from bnlib.imagenet.evaluation.curves import (
     Curves,
+    figure3,
     read_curves,
     recorded_networks,
     root_of,
@@ -104,8 +105,6 @@ def test_the_seeds_of_a_network_are_read_together_and_apart_from_other_networks(
     assert curves.values.index.tolist() == [100, 200]
     assert curves.mean.tolist() == pytest.approx([0.2, 0.4])
     assert curves.values[10].tolist() == [0.3, 0.5]
-    assert curves.best() == (pytest.approx(0.4), 200)
-    assert [point.value for point in curves.best_each()] == [0.3, 0.5]
     assert curves.steps_to(0.3) == pytest.approx(150)
     assert curves.steps_to_each(0.3) == pytest.approx([200, 100])
     assert curves.diverged_at == (None, None)
@@ -127,9 +126,12 @@ def test_a_seed_that_diverged_takes_the_mean_with_it_from_there_on(tmp_path: Pat
     curves = read_curves("imagenet", "inception-x5", root=tmp_path)
     assert curves.diverged_at == (None, 143)
     assert np.isnan(curves.mean).tolist() == [False, True, True]
-    assert curves.best() == (pytest.approx(0.1), 100)
+    assert curves.values[0].tolist() == [0.1, 0.2, 0.3]
     assert curves.steps_to(0.2) == math.inf
-    assert curves.best_each()[0].value == pytest.approx(0.3)
+    (row,) = figure3("imagenet", ["inception-x5"], level=0.3, root=tmp_path).itertuples()
+    assert (row.max_accuracy, row.max_accuracy_at) == (pytest.approx(0.1), 100)
+    assert (row.max_low, row.max_high) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert (row.steps_low, row.steps_high) == (300, math.inf)
 
 
 def test_a_run_that_diverged_before_its_first_line_has_no_points(tmp_path: Path) -> None:
@@ -137,8 +139,9 @@ def test_a_run_that_diverged_before_its_first_line_has_no_points(tmp_path: Path)
     curves = read_curves("imagenet", "inception-x5", root=tmp_path)
     assert curves.values.shape == (0, 1)
     assert curves.diverged_at == (7,)
-    assert math.isnan(curves.best().value)
     assert curves.steps_to(0.1) == math.inf
+    (row,) = figure3("imagenet", ["inception-x5"], level=0.1, root=tmp_path).itertuples()
+    assert np.isnan([row.max_accuracy, row.max_accuracy_at, row.max_low, row.max_high]).all()
 
 
 def test_a_network_without_runs_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_two_runs_of_one_seed_are_both_kept(tmp_path: Path) -> None:
     curves = read_curves("imagenet", "bn-x5", root=tmp_path)
     assert curves.seeds == (0, 0)
     assert curves.mean.tolist() == [0.5]
-    assert curves.best_each() == [(0.25, 100), (0.75, 100)]
+    assert curves.values.to_numpy().tolist() == [[0.25, 0.75]]
 
 
 def test_runs_evaluated_at_different_steps_are_not_read_as_one_network(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def test_the_geometric_mean_is_the_softmax_of_the_mean_logits() -> None:
 
 @pytest.mark.parametrize("mean", [arithmetic_mean, geometric_mean])
 def test_networks_that_do_not_match_have_no_mean(mean) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"\[\(2, 3\), \(2, 4\)\]; one needed"):
+    with pytest.raises(RuntimeError, match=r"equal size, but got \[2, 3\] .* and \[2, 4\]"):
         mean([torch.ones(2, 3), torch.ones(2, 4)])
-    with pytest.raises(ValueError, match=r"\[\]; one needed"):
+    with pytest.raises(RuntimeError, match="non-empty"):
         mean([])
 
 
@@ -95,7 +95,7 @@ def test_the_interval_is_scipys_percentile_bootstrap_of_pairs() -> None:
     rng = np.random.default_rng(0)
     hard = rng.random(400)
     wrong = np.stack([rng.random(400) < 0.8 * hard, rng.random(400) < 0.6 * hard], 1).astype(float)
-    ours = paired_bootstrap(torch.from_numpy(wrong), difference, draws=20_000)
+    ours = paired_bootstrap(torch.from_numpy(wrong), difference)
     theirs = stats.bootstrap(
         (wrong[:, 0], wrong[:, 1]),
         lambda a, b, axis: b.mean(axis) - a.mean(axis),
@@ -122,22 +122,16 @@ def test_the_bootstrap_is_drawn_in_pieces_and_repeats_with_its_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
-    first = paired_bootstrap(values, difference, draws=700, seed=3)
-    assert paired_bootstrap(values, difference, draws=700, seed=3) == first
-    assert paired_bootstrap(values, difference, draws=700, seed=4) != first
+    first = paired_bootstrap(values, difference, seed=3)
+    assert paired_bootstrap(values, difference, seed=3) == first
+    assert paired_bootstrap(values, difference, seed=4) != first
     monkeypatch.setattr("bnlib.imagenet.evaluation.ensembles._AT_ONCE", 120)
-    pieces = paired_bootstrap(values, difference, draws=700, seed=3)
+    pieces = paired_bootstrap(values, difference, seed=3)
     assert pieces.estimate == first.estimate
     assert pieces == pytest.approx(first, abs=0.05)
-    wider = paired_bootstrap(values, difference, draws=700, level=0.999)
-    assert wider.low < first.low < first.high < wider.high
 
 
 def test_a_bootstrap_of_nothing_is_refused() -> None:
     for values in (torch.ones(0, 2), torch.ones(5)):
         with pytest.raises(ValueError, match=r"must be \(images, k\)"):
             paired_bootstrap(values, difference)
-    with pytest.raises(ValueError, match=r"level is 1.0 and draws 10"):
-        paired_bootstrap(torch.ones(5, 2), difference, level=1.0, draws=10)
-    with pytest.raises(ValueError, match=r"draws 0"):
-        paired_bootstrap(torch.ones(5, 2), difference, draws=0)

@@ -10,7 +10,7 @@ from made_up_runs import make_up
 
 from bnlib import runs
 from bnlib.imagenet import RECIPES
-from bnlib.imagenet.evaluation.figure3 import PRINTED_LEVEL, figure3, printed_figure3
+from bnlib.imagenet.evaluation.curves import PRINTED_LEVEL, figure3, printed_figure3
 
 
 def test_a_row_has_steps_to_the_baselines_best_the_speed_up_and_the_maximum(
