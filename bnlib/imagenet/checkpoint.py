@@ -86,12 +86,8 @@ def save(folder: Path, state: Mapping[str, Any], keep: int) -> Path:
 def load(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint or of ``network.pt``, tensors on the CPU.
 
-    The folder of a run stands for its newest readable checkpoint.  Nothing in a file is executed.
-
-    Raises
-    ------
-    CheckpointError
-        If it does not exist, is damaged, or holds something else.
+    The folder of a run stands for its newest readable checkpoint.  What does not exist, is damaged
+    or holds something else is a :class:`CheckpointError`.  Nothing in a file is executed.
     """
     path = Path(path)
     if path.is_dir():

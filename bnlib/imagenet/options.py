@@ -17,12 +17,8 @@ class Options:
     """How to run; one flag of ``python -m bnlib train`` for each field.
 
     Every field may be changed between a run and its resumption.  ``device`` and ``compile`` change
-    the order of floating-point operations, and with it the rounding of the results.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a value has the wrong type or is out of range.
+    the order of floating-point operations, and with it the rounding of the results.  A value of the
+    wrong type is a ``TypeError``, one out of range a ``ValueError``.
     """
 
     device: str = option("auto", "cpu, cuda or auto: a GPU where there is one")

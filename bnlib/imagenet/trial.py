@@ -45,13 +45,7 @@ _SEARCH_SEED = 100  # no seed of a run that is reported
 
 @dataclass(frozen=True)
 class Trial:
-    """What is made smaller, and for how long each network trains.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a value has the wrong type or is out of range.
-    """
+    """What is made smaller, and for how long each network trains."""
 
     width: float = option(0.25, "factor on the channel counts of Figure 5", gt=0, le=1)
     image_size: int = option(32, "height and width of a crop, pixels", ge=32)
@@ -153,13 +147,7 @@ class Trial:
         return found
 
     def best_rate(self, network: str, root: Path) -> float:
-        """The rate that the recorded search chose for a network.
-
-        Raises
-        ------
-        RunError
-            If the search is not over.
-        """
+        """The rate that the recorded search chose; a ``RunError`` if the search is not over."""
         found = self._searched(network, self.steps(RECIPES[network]) // 4, root)
         if len(found) < 2:
             raise runs.RunError(

@@ -134,12 +134,8 @@ class State:
     def resume(self, folder: Path, *, adapt: bool) -> None:
         """Go on from the newest checkpoint in the run's folder, if there is one.
 
-        Raises
-        ------
-        CheckpointError
-            If it is of another recipe, data set or number of processes, unless ``adapt`` is set;
-            the message lists the differences. If no checkpoint can be read, or the processes find
-            different ones.
+        It is a ``CheckpointError`` if none can be read, if the processes find different ones, and,
+        without ``adapt``, if it is of another recipe, data set or number of processes.
         """
         if (found := checkpoint.load_latest(folder)) is not None:
             self._load(found, folder, adapt)
