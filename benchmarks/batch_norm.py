@@ -42,6 +42,7 @@ SHAPES = [
     (60, 100),
 ]
 LAYERS = [(32, 256, 28, 28), (1, 3, 8, 8), (60, 100)]
+LAYOUTS = {torch.contiguous_format: "", torch.channels_last: " channels-last"}
 SMALL = 2**17  # values
 LIMIT = 1e-4  # largest error accepted of bnlib
 Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -116,7 +117,6 @@ def compare(
 
 def layers(tensors: list[Tensor]) -> dict[str, Transform]:
     """torch's layer and ours, on the same parameters."""
-
     channels = tensors[0].shape[1]
     torchs = nn.BatchNorm1d if tensors[0].ndim == 2 else nn.BatchNorm2d
     transforms: dict[str, Transform] = {}
@@ -167,20 +167,16 @@ def main() -> None:
         f"{'forward + backward':29s} {'native':>12s}    error | "
         + " | ".join(f"{name + ' / native':>18s}    error" for name in list(contenders)[1:])
     )
-    for shape in SHAPES:
-        size = (max(1, shape[0] // 8), *shape[1:]) if options.quick and len(shape) == 4 else shape
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            if len(shape) < 4 and memory_format is torch.channels_last:
-                continue
-            tensors, grad_y = make(size, memory_format, options.device)
-            layout = " channels-last" if memory_format is torch.channels_last else ""
-            label = "x".join(map(str, size)) + layout
-            report(label, compare(contenders, tensors, grad_y, repeats))
-    for shape in LAYERS:
-        size = (max(1, shape[0] // 8), *shape[1:]) if options.quick and len(shape) == 4 else shape
-        tensors, grad_y = make(size, torch.contiguous_format, options.device)
-        outcome = compare(layers(tensors), tensors, grad_y, repeats)
-        report("layer " + "x".join(map(str, size)), outcome)
+    rows = [(shape, memory_format, "") for shape in SHAPES for memory_format in LAYOUTS]
+    rows += [(shape, torch.contiguous_format, "layer ") for shape in LAYERS]
+    for shape, memory_format, kind in rows:
+        if len(shape) < 4 and memory_format is torch.channels_last:
+            continue
+        if options.quick and len(shape) == 4:
+            shape = (max(1, shape[0] // 8), *shape[1:])
+        tensors, grad_y = make(shape, memory_format, options.device)
+        label = kind + "x".join(map(str, shape)) + LAYOUTS[memory_format]
+        report(label, compare(layers(tensors) if kind else contenders, tensors, grad_y, repeats))
 
 
 if __name__ == "__main__":

@@ -11,34 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bnlib._core.channels import check_input, check_ridge
+from bnlib._core.channels import check_eps, check_input, check_like
 from bnlib._core.formulas import center
 from bnlib.whitening import whitening_matrix
 
 __all__ = ["KINDS", "Norm", "SplitGradient", "live", "norm", "split_gradient"]
 
 Kind = Literal["center", "scale", "whiten"]
-KINDS = ("center", "scale", "whiten")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class SplitGradient(NamedTuple):
-    """The gradient with respect to x, in the two parts of section 2; their sum is the true one.
+    """The gradient with respect to x, in the two parts of section 2; their sum is the true one."""
 
-    Attributes
-    ----------
-    direct
-        Through ∂Norm/∂x, the statistics taken as constants.
-    through_examples
-        Through ∂Norm/∂𝒳, the statistics alone.
-    """
-
-    direct: Tensor
-    through_examples: Tensor
+    direct: Tensor  #: through ∂Norm/∂x, the statistics taken as constants
+    through_examples: Tensor  #: through ∂Norm/∂𝒳, the statistics alone
 
 
 def norm(x: Tensor, examples: Tensor, kind: Kind = "scale", eps: float = 1e-5) -> Tensor:
@@ -47,7 +39,7 @@ def norm(x: Tensor, examples: Tensor, kind: Kind = "scale", eps: float = 1e-5) -
     Parameters
     ----------
     x
-        ``(m, d)``: m examples of d activations, in float32 or float64.
+        ``(m, d)``: m examples of d activations.
     examples
         ``(n, d)``, n > 1: the paper's 𝒳. The derivative passes through it unless it is detached.
     kind
@@ -57,20 +49,22 @@ def norm(x: Tensor, examples: Tensor, kind: Kind = "scale", eps: float = 1e-5) -
     eps
         Added to variances, in squared units of ``x``.
 
-    Returns
-    -------
-    Tensor
-        ``(m, d)``; in the units of ``x`` when it is only centered, else without units.
-
     Raises
     ------
-    TypeError
-        If an argument is not a floating-point tensor.
-    ValueError
-        For an unknown kind, a negative ``eps``, shapes that do not fit, fewer than two examples,
-        or, when whitening, a covariance that is singular to working precision.
+    TypeError, ValueError
+        If an argument is not allowed or the shapes do not fit; when whitening, also if the
+        covariance is singular to working precision.
     """
-    _check(x, examples, kind, eps)
+    _check_options(kind, eps)
+    check_input(x)
+    check_input(examples, "examples")
+    if x.ndim != 2 or examples.ndim != 2 or x.shape[1] != examples.shape[1]:
+        raise ValueError(
+            "x must be (m, d) and examples (n, d), with the same d; got shapes "
+            f"{tuple(x.shape)} and {tuple(examples.shape)}"
+        )
+    if len(examples) < 2:
+        raise ValueError(f"statistics take at least two examples; got {len(examples)}")
     if kind == "whiten":
         mean, matrix = whitening_matrix(examples, eps)
         return (x - mean) @ matrix.mT
@@ -83,24 +77,8 @@ def norm(x: Tensor, examples: Tensor, kind: Kind = "scale", eps: float = 1e-5) -
 def split_gradient(
     x: Tensor, grad: Tensor, kind: Kind = "scale", eps: float = 1e-5
 ) -> SplitGradient:
-    """Backpropagate through each argument of Norm(x, 𝒳) alone, at 𝒳 = x.
-
-    Parameters
-    ----------
-    x
-        ``(m, d)``, the mini-batch that is normalized with its own statistics.
-    grad
-        ``(m, d)``, the derivative of the loss with respect to ``norm(x, x)``.
-    kind, eps
-        As in :func:`norm`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`norm`; and if ``grad`` has not the shape of ``x``.
-    """
-    if grad.shape != x.shape:
-        raise ValueError(f"grad has shape {tuple(grad.shape)}, but x has {tuple(x.shape)}")
+    """Backpropagate ``grad``, of the shape of x, through each argument of Norm(x, x) alone."""
+    check_like(grad, "grad", x, "x")
     arguments = (x.detach().requires_grad_(), x.detach().requires_grad_())
     return SplitGradient(*torch.autograd.grad(norm(*arguments, kind, eps), arguments, grad))
 
@@ -121,15 +99,10 @@ class Norm(nn.Module):
         How many training passes a detached 𝒳 serves. With 1, each mini-batch is normalized with
         its own statistics, taken as constants; with None, the first mini-batch serves for ever,
         which is frozen batch normalization.
-    replicas
+    networks
         ``S`` networks side by side, as in :mod:`bnlib.mnist.stacks`: the activations are
         ``(m, S * d)``, and each group of d is whitened for itself. A group that is no longer finite
-        stays so.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind, a negative ``eps``, ``refresh`` or ``replicas`` below 1.
+        becomes NaN.
     """
 
     def __init__(
@@ -138,45 +111,35 @@ class Norm(nn.Module):
         *,
         live: bool = False,
         refresh: int | None = 1,
-        replicas: int = 1,
+        networks: int = 1,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
         _check_options(kind, eps)
         if refresh is not None and refresh < 1:
             raise ValueError(f"refresh must be at least 1, or None for never; got {refresh}")
-        if replicas < 1:
-            raise ValueError(f"replicas must be at least 1, got {replicas}")
+        if networks < 1:
+            raise ValueError(f"networks must be at least 1, got {networks}")
         self.kind, self.live, self.refresh = kind, live, refresh
-        self.replicas, self.eps = replicas, eps
+        self.networks, self.eps = networks, eps
         self._examples: Tensor | None = None
         self._passes = 0
 
-    def extra_repr(self) -> str:
-        """The options, for ``print(model)``."""
-        return f"{self.kind!r}, live={self.live}, refresh={self.refresh}"
-
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a mini-batch.
-
-        Parameters
-        ----------
-        x
-            ``(m, S * d)``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As :func:`norm`; and if the columns do not divide into the replicas.
-        """
+        """Normalize a mini-batch ``(m, S * d)``; errors as in :func:`norm`."""
         examples = x if self.live else self._detached(x)
-        if self.kind != "whiten" or self.replicas == 1:
+        if self.kind != "whiten" or self.networks == 1:
             return norm(x, examples, self.kind, self.eps)
-        if x.shape[-1] % self.replicas:
-            raise ValueError(f"x of shape {tuple(x.shape)} is not {self.replicas} equal groups")
-        groups = zip(x.chunk(self.replicas, 1), examples.chunk(self.replicas, 1), strict=True)
+        if x.shape[-1] % self.networks:
+            raise ValueError(f"x of shape {tuple(x.shape)} is not {self.networks} equal groups")
+        groups = zip(x.chunk(self.networks, 1), examples.chunk(self.networks, 1), strict=True)
         return torch.cat(
-            [norm(g, e, self.kind, self.eps) if _finite(g, e) else g * math.nan for g, e in groups],
+            [
+                norm(g, e, self.kind, self.eps)
+                if g.isfinite().all() and e.isfinite().all()
+                else g * math.nan
+                for g, e in groups
+            ],
             dim=1,
         )
 
@@ -190,18 +153,7 @@ class Norm(nn.Module):
 
 @contextmanager
 def live(model: nn.Module) -> Iterator[None]:
-    """Within the block, every :class:`Norm` of the model keeps ∂Norm/∂𝒳.
-
-    Parameters
-    ----------
-    model
-        Any module; it is as before when the block ends, however it ends.
-
-    Raises
-    ------
-    ValueError
-        If the model has no such layer.
-    """
+    """Within the block, however it ends, every :class:`Norm` of the model keeps ∂Norm/∂𝒳."""
     layers = [module for module in model.modules() if isinstance(module, Norm)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no bnlib.detached.Norm layer")
@@ -215,24 +167,7 @@ def live(model: nn.Module) -> Iterator[None]:
             layer.live = was
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 def _check_options(kind: str, eps: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    check_ridge(eps)
-
-
-def _check(x: Tensor, examples: Tensor, kind: str, eps: float) -> None:
-    _check_options(kind, eps)
-    check_input(x)
-    check_input(examples, "examples")
-    if x.ndim != 2 or examples.ndim != 2 or x.shape[1] != examples.shape[1]:
-        raise ValueError(
-            "x must be (m, d) and examples (n, d), with the same d; got shapes "
-            f"{tuple(x.shape)} and {tuple(examples.shape)}"
-        )
-    if len(examples) < 2:
-        raise ValueError("statistics take at least two examples; got one")
+    check_eps(eps, zero=True)

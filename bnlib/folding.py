@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from bnlib.modules import BatchNorm, PerActivationBatchNorm
 
 __all__ = ["fold_batch_norm"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FOLDABLE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # A subclass with a forward of its own may do more than normalize, such as a fused activation.
 _KNOWN_FORWARDS = tuple(
     kind.forward for kind in (_BatchNorm, SyncBatchNorm, BatchNorm, PerActivationBatchNorm)
@@ -140,40 +140,33 @@ def _trace(model: nn.Module) -> fx.Graph:
 def _plan(model: nn.Module, graph: fx.Graph) -> tuple[dict[_BatchNorm, nn.Module], dict[str, str]]:
     """Which layer each batch norm folds into; and by name, why others cannot."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    calls = Counter(id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module")
-    read = {id(_attribute(model, str(n.target))) for n in graph.nodes if n.op == "get_attr"}
+    called = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
+    uses = Counter(called.values())
+    read = {id(attrgetter(str(n.target))(model)) for n in graph.nodes if n.op == "get_attr"}
     plan: dict[_BatchNorm, nn.Module] = {}
     reasons: dict[str, str] = {}
-    for node in graph.nodes:
-        norm = modules[str(node.target)] if node.op == "call_module" else None
-        if not isinstance(norm, _BatchNorm):
-            continue
-        source = node.args[0] if node.args else node.kwargs.get("x", node.kwargs.get("input"))
-        layer = modules.get(str(source.target)) if source.op == "call_module" else None
-        if layer is None or type(layer) not in _FOLDABLE:
-            what = f"{source.target} ({type(layer).__name__})" if layer else f"{source.target}"
-            reasons.setdefault(
-                str(node.target),
-                f"its input comes from {what}, not from a plain Linear or convolution layer",
-            )
-            continue
-        reason = _obstacle(norm, layer, str(source.target), calls, read)
-        if reason is None and len(source.users) > 1:
-            others = ", ".join(str(user) for user in source.users if user is not node)
-            reason = f"the output of {source.target} goes elsewhere too ({others})"
-        if reason is None:
-            plan[norm] = layer
-        else:
-            reasons.setdefault(str(node.target), reason)
+    for node, norm in called.items():
+        if isinstance(norm, _BatchNorm):
+            reason = _obstacle(node, called, uses, read)
+            if reason is None:
+                plan[norm] = called[node.all_input_nodes[0]]
+            else:
+                reasons.setdefault(str(node.target), reason)
     return plan, reasons
 
 
 def _obstacle(
-    norm: _BatchNorm, layer: nn.Module, name: str, calls: Counter[int], read: set[int]
+    node: fx.Node, called: dict[fx.Node, Any], uses: Counter[nn.Module], read: set[int]
 ) -> str | None:
+    norm, source = called[node], node.all_input_nodes[0]
+    layer: Any = called.get(source)
+    name = str(source.target)
+    if type(layer) not in _FOLDABLE:
+        what = f"{name} ({type(layer).__name__})" if layer else name
+        return f"its input comes from {what}, not from a plain Linear or convolution layer"
     for module, what in ((norm, "it"), (layer, name)):
-        if calls[id(module)] > 1:
-            return f"{what} is used {calls[id(module)]} times in a forward pass"
+        if uses[module] > 1:
+            return f"{what} is used {uses[module]} times in a forward pass"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{what} has hooks, which may see or change what folding changes"
         if any(id(t) in read for t in (*module.parameters(), *module.buffers())):
@@ -185,6 +178,9 @@ def _obstacle(
         return f"it has another (gamma, beta) for each pixel, the weights of {name} do not"
     if norm.num_features != channels:
         return f"it has {norm.num_features} channels, but {name} puts out {channels}"
+    if len(source.users) > 1:
+        others = ", ".join(str(user) for user in source.users if user is not node)
+        return f"the output of {name} goes elsewhere too ({others})"
     return None
 
 
@@ -209,10 +205,3 @@ def _absorb(layer: Any, norm: _BatchNorm) -> None:
     like = layer.weight
     layer.weight = nn.Parameter(weight.to(like), requires_grad=like.requires_grad)
     layer.bias = nn.Parameter(shift.to(like), requires_grad=like.requires_grad)
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

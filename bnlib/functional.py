@@ -182,10 +182,8 @@ def batch_norm_backward(
 
     Raises
     ------
-    ValueError
-        If shapes do not match.
-    TypeError
-        If an argument is no tensor, or no floating-point one.
+    ValueError, TypeError
+        If shapes do not match, or an argument is no floating-point tensor.
     """
     check_input(x_hat, "x_hat")
     check_like(grad_y, "grad_y", x_hat, "x_hat")
@@ -276,13 +274,10 @@ def batch_norm_inference(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         As :func:`batch_norm`, and if ``mean`` or ``var`` holds NaN or infinity, or ``var`` a
-        negative value. The values are looked at where that costs nothing: on the CPU, outside
-        ``torch.compile`` and ``torch.func``.  On a GPU a look would make it wait; there such
-        statistics show as NaN in y.
-    TypeError
-        As :func:`batch_norm`.
+        negative value.  The values are looked at on the CPU, outside ``torch.compile`` and
+        ``torch.func``; a GPU would have to wait, and there such statistics show as NaN in y.
     """
     check_input(x)
     check_eps(eps)

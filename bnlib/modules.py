@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlib._core.channels import check_eps, check_input, count
@@ -83,23 +83,12 @@ class BatchNorm(_BatchNorm):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a mini-batch.
-
-        Parameters
-        ----------
-        x
-            Tensor of shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
-
-        Returns
-        -------
-        torch.Tensor
-            A tensor of the shape and dtype of ``x``.
+        """Normalize a mini-batch, of any shape that :func:`~bnlib.functional.batch_norm` takes.
 
         Raises
         ------
         ValueError, TypeError
-            If ``x`` does not have ``num_features`` channels, and as
-            :func:`~bnlib.functional.batch_norm` does.
+            If ``x`` does not have ``num_features`` channels, and as ``batch_norm`` does.
         """
         check_input(x)
         if x.shape[1] != self.num_features:
@@ -109,32 +98,23 @@ class BatchNorm(_BatchNorm):
             )
         return self._transform(x, self.weight, self.bias, self.running_mean, self.running_var)
 
-    def _transform(
-        self,
-        x: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-    ) -> Tensor:
+    def _transform(self, x: Tensor, *vectors: Tensor | None) -> Tensor:
         """Normalize with vectors of shape (C,), and move the running ``mean`` and ``var``."""
+        gamma, beta, mean, var = vectors
         if not self.training and mean is not None and var is not None:
             return batch_norm_inference(x, mean, var, gamma, beta, self.eps)
         y, batch_mean, batch_var = batch_norm_with_statistics(x, gamma, beta, self.eps)
         m = count(x)
         tracks = self.training and self.track_running_stats and m > 0
         if tracks and mean is not None and var is not None:
-            weight = self._weight_of_new_value(mean)
+            weight: float | Tensor = self.momentum or 0.0
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:  # kept as a tensor: reading it would make a GPU wait
+                    weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
             mean.lerp_(batch_mean.to(mean.dtype), weight)
             var.lerp_((batch_var * (m / (m - 1))).to(var.dtype), weight)
         return y
-
-    def _weight_of_new_value(self, mean: Tensor) -> float | Tensor:
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # kept as a tensor: reading it would make a GPU wait
-                return self.num_batches_tracked.to(mean.dtype).reciprocal()
-        return self.momentum or 0.0
 
 
 class PerActivationBatchNorm(BatchNorm):
@@ -177,21 +157,12 @@ class PerActivationBatchNorm(BatchNorm):
             math.prod(shape), eps, momentum, affine, track_running_stats, device, dtype
         )
         self.feature_shape = shape
-        for name in ("weight", "bias"):
-            if affine:
-                setattr(self, name, nn.Parameter(getattr(self, name).detach().view(shape)))
-        for name in ("running_mean", "running_var"):
-            if track_running_stats:
-                setattr(self, name, getattr(self, name).view(shape))
+        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
+            if tensor is not None:
+                tensor.data = tensor.data.view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a mini-batch of shape ``(N, *feature_shape)``; as :meth:`BatchNorm.forward`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If ``x`` has another shape, and as :func:`~bnlib.functional.batch_norm` does.
-        """
+        """Normalize a mini-batch of shape ``(N, *feature_shape)``; as :meth:`BatchNorm.forward`."""
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.feature_shape:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -205,7 +176,6 @@ class PerActivationBatchNorm(BatchNorm):
         return self._transform(x.flatten(1), *vectors).view(x.shape)
 
     def extra_repr(self) -> str:
-        """The arguments, as ``repr`` shows them."""
         _, options = super().extra_repr().split(", ", 1)
         return f"{self.feature_shape}, {options}"
 
@@ -242,17 +212,10 @@ class GhostBatchNorm(BatchNorm):
         self.size = size
 
     def extra_repr(self) -> str:
-        """The arguments, as ``repr`` shows them."""
         return f"{super().extra_repr()}, size={self.size}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize each part of a mini-batch by itself; as :meth:`BatchNorm.forward`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            In training, if N is not a multiple of ``size``; and as :class:`BatchNorm` does.
-        """
+        """Normalize each part of a mini-batch, a multiple of ``size``, by itself."""
         if not self.training or len(x) == self.size:
             return super().forward(x)
         if len(x) % self.size:

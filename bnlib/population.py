@@ -31,15 +31,13 @@ def population_statistics(
     - as its variance the average of the *unbiased* mini-batch variances,
       Var[x] = m / (m - 1) E_B[sigma_B^2], with m values for each channel in a mini-batch.
 
-    Every mini-batch weighs the same, as in the paper.  That is an estimate of the population's
-    statistics only if mini-batches are alike, so one with another number of examples, as the last
-    of a DataLoader often is, is an error: drop it (``drop_last=True``).  Weighing it by its size
-    would be another algorithm; giving it full weight would let its few examples count for many.
+    Every mini-batch weighs the same, as in the paper.  That estimates the population's statistics
+    only if mini-batches are alike, so one with another number of examples, as the last of a
+    DataLoader often is, is an error: drop it (``drop_last=True``).
 
     While statistics are collected, batch-normalization layers normalize with the mini-batch, as
-    they did in training.  Everything else is in evaluation mode: dropout is off, because the
-    statistics are needed for the network that infers, and dropout before a layer changes the
-    variance there.  Nothing depends on whether the model came in training or in evaluation mode.
+    they did in training.  Everything else is in evaluation mode, whatever mode the model came in:
+    dropout is off, as it changes the variance, and the network that infers has none.
 
     Parameters
     ----------
@@ -73,53 +71,46 @@ def population_statistics(
     -----
     On any error the model is left as it was.  ``num_batches_tracked`` becomes the number of
     mini-batches.  A layer that a forward pass uses several times averages over all its uses; one
-    that no forward pass reaches keeps its statistics.  Sums are kept in float64.  Where all
-    mini-batches have one size and there is no dropout, ``torch.optim.swa_utils.update_bn``
-    computes the same.
+    that no forward pass reaches keeps its statistics.  Sums are kept in float64.  Without dropout
+    ``torch.optim.swa_utils.update_bn`` computes the same.
     """
     layers = _layers_with_statistics(model)
-    saved_modes = {module: module.training for module in model.modules()}
-    saved_momenta = {layer: layer.momentum for layer in layers}
-    saved_statistics = {
-        buffer: buffer.clone() for layer in layers for buffer in layer.buffers(recurse=False)
-    }
-    averages: dict[nn.Module, _Averages] = {}
+    saved = {buffer: buffer.clone() for layer in layers for buffer in layer.buffers(recurse=False)}
+    sums: dict[Any, tuple[int, Any]] = {}  # of each layer: how many mini-batches; mean and variance
 
-    def after_forward(layer: nn.Module, *_: Any) -> None:
-        averages.setdefault(layer, _Averages(layer)).add()
+    def add(layer: Any, *_: Any) -> None:
+        both = torch.stack([layer.running_mean, layer.running_var])
+        count, total = sums.get(layer, (0, 0.0))
+        wide = torch.float32 if both.device.type == "mps" else torch.float64
+        sums[layer] = count + 1, total + both.to(wide)
 
-    hooks = [layer.register_forward_hook(after_forward) for layer in layers]
     try:
-        for module in model.modules():
-            module.training = module in layers
-        for layer in layers:
-            layer.momentum = 1.0  # the running statistics become those of the last mini-batch
-            layer.reset_running_stats()  # 0 times an old NaN would be NaN
-        with torch.no_grad(), _not_compiled():
+        with contextlib.ExitStack() as restore, torch.no_grad(), _not_compiled():
+            for module in model.modules():
+                restore.callback(setattr, module, "training", module.training)
+                module.training = module in layers
+            for layer in layers:
+                restore.enter_context(layer.register_forward_hook(add))
+                restore.callback(setattr, layer, "momentum", layer.momentum)
+                layer.momentum = 1.0  # the running statistics become those of the last mini-batch
+                layer.reset_running_stats()  # 0 times an old NaN would be NaN
             for examples in _checked(batches):
                 model(examples if device is None else examples.to(device))
-        if not averages:
-            raise ValueError(
-                "the forward pass of the model, in evaluation mode, reaches none of its "
-                f"batch-normalization layers: {', '.join(layers.values())}"
-            )
-        for layer, name in layers.items():
-            if layer in averages:
-                averages[layer].write(name)
-            else:
-                for buffer in layer.buffers(recurse=False):
-                    buffer.copy_(saved_statistics[buffer])
+            if not sums:
+                raise ValueError(
+                    "the forward pass of the model, in evaluation mode, reaches none of its "
+                    f"batch-normalization layers: {', '.join(layers.values())}"
+                )
+            for layer, name in layers.items():
+                if layer in sums:
+                    _write(layer, name, *sums[layer])
+                else:
+                    for buffer in layer.buffers(recurse=False):
+                        buffer.copy_(saved[buffer])
     except BaseException:
-        for buffer, value in saved_statistics.items():
+        for buffer, value in saved.items():
             buffer.copy_(value)
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in saved_modes.items():
-            module.training = mode
-        for layer, momentum in saved_momenta.items():
-            layer.momentum = momentum
     return model
 
 
@@ -130,33 +121,17 @@ def _not_compiled() -> contextlib.AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-class _Averages:
-    """The averages over mini-batches of the running mean and variance of one layer."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.totals: dict[str, Tensor | float] = {"running_mean": 0.0, "running_var": 0.0}
-        self.count = 0
-
-    def add(self) -> None:
-        for buffer, total in self.totals.items():
-            value: Tensor = getattr(self.layer, buffer)
-            wide = torch.float32 if value.device.type == "mps" else torch.float64
-            self.totals[buffer] = total + value.to(wide)
-        self.count += 1
-
-    def write(self, name: str) -> None:
-        for buffer, total in self.totals.items():
-            value: Tensor = getattr(self.layer, buffer)
-            value.copy_(torch.as_tensor(total) / self.count)
-            if not bool(value.isfinite().all()):
-                kind = "mean" if buffer == "running_mean" else "variance"
-                raise ValueError(
-                    f"the {kind} of layer {name!r} is not finite in {str(value.dtype)[6:]}: the "
-                    "network or its input overflows there, or holds NaN"
-                )
-        if self.layer.num_batches_tracked is not None:
-            self.layer.num_batches_tracked.fill_(self.count)
+def _write(layer: Any, name: str, count: int, total: Tensor) -> None:
+    for kind, buffer, value in zip(
+        ("mean", "variance"), (layer.running_mean, layer.running_var), total / count, strict=True
+    ):
+        buffer.copy_(value)
+        if not bool(buffer.isfinite().all()):
+            raise ValueError(
+                f"the {kind} of layer {name!r} is not finite in {str(buffer.dtype)[6:]}: the "
+                "network or its input overflows there, or holds NaN"
+            )
+    layer.num_batches_tracked.fill_(count)
 
 
 def _layers_with_statistics(model: nn.Module) -> dict[_BatchNorm, str]:

@@ -9,19 +9,19 @@ leave the second out, compute :func:`whitening_matrix` of ``x.detach()``.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from bnlib._core.channels import check_input, check_ridge
+from bnlib._core.channels import check_eps, check_input
 from bnlib._core.formulas import center
 
 __all__ = ["METHODS", "Whitening", "whiten", "whitening_matrix"]
 
 Method = Literal["zca", "pca", "cholesky"]
 #: The whitening matrices that :func:`whitening_matrix` can compute.
-METHODS: tuple[Method, ...] = ("zca", "pca", "cholesky")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 # Rounding moves the eigenvalues of a covariance by up to about twice the machine epsilon times the
 # largest of them, whatever d is (measured, d = 4 to 512). What is below five times that is noise.
@@ -52,7 +52,7 @@ def whiten(x: Tensor, eps: float = 1e-5, method: Method = "zca") -> Tensor:
         it adds to the variances of batch normalization; its formula for whitening has none. With
         ``eps=0`` the covariance must be invertible, which takes m > d.
     method
-        Which of the whitening matrices; see :func:`whitening_matrix`.
+        Which of the matrices of :func:`whitening_matrix`: ``"zca"``, ``"pca"`` or ``"cholesky"``.
 
     Returns
     -------
@@ -93,12 +93,8 @@ def whitening_matrix(x: Tensor, eps: float = 1e-5, method: Method = "zca") -> Wh
 
     Parameters
     ----------
-    x
-        ``(m, d)``, as in :func:`whiten`.
-    eps
-        Added to the diagonal of the covariance, in squared units of ``x``.
-    method
-        ``"zca"``, ``"pca"`` or ``"cholesky"``.
+    x, eps, method
+        As in :func:`whiten`.
 
     Returns
     -------
@@ -204,7 +200,7 @@ def _check(x: Tensor, eps: float, method: str) -> None:
     check_input(x)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    check_ridge(eps)
+    check_eps(eps, zero=True)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(
             f"x must be (m, d), m examples of d > 0 features; got shape {tuple(x.shape)}. Pixels "

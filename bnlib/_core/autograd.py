@@ -5,8 +5,8 @@ by a transform of ``torch.func``, by forward-mode differentiation, or by autogra
 is to be differentiated again.  All further derivatives follow from those of plain operations.
 
 Elsewhere :class:`_Training` gives autograd the compact derivative, so that the graph keeps x and
-not every intermediate result.  Up to ``SMALL`` values it computes by the formulas too, and keeps
-x_hat: there the number of operations counts, not the trips to memory.
+not every intermediate result.  Up to ``SMALL`` values, where the number of operations counts and
+not the trips to memory, it computes by the formulas too, and keeps x_hat.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torch.autograd import Function, forward_ad
 
 from bnlib._core import formulas, kernels
 from bnlib._core.channels import wide_dtype
-
-__all__ = ["SMALL", "infer", "train"]
 
 SMALL = 2**17  # values; from 2**17 to 2**18 the two ways measure alike on a CPU
 

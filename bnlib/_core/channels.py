@@ -7,20 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "batch_axes",
-    "check_eps",
-    "check_input",
-    "check_like",
-    "check_population",
-    "check_ridge",
-    "check_values",
-    "check_vector",
-    "count",
-    "per_channel",
-    "wide_dtype",
-]
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -70,16 +56,11 @@ def check_values(x: Tensor) -> None:
         )
 
 
-def check_eps(eps: float) -> None:
-    """Refuse a stabilizer that stabilizes nothing."""
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be a positive, finite number, for example 1e-5")
-
-
-def check_ridge(eps: float) -> None:
-    """Refuse what cannot be added to a variance or an eigenvalue; zero can."""
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be zero or a positive, finite number; got {eps}")
+def check_eps(eps: float, *, zero: bool = False) -> None:
+    """Refuse what cannot stabilize a division by a variance; ``zero`` says whether 0 is allowed."""
+    if not (math.isfinite(eps) and (eps > 0 or (zero and eps == 0))):
+        allowed = "zero or a positive" if zero else "a positive"
+        raise ValueError(f"eps is {eps}; it must be {allowed}, finite number, for example 1e-5")
 
 
 def check_vector(vector: Tensor | None, name: str, x: Tensor, x_name: str = "x") -> None:

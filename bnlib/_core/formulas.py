@@ -11,8 +11,6 @@ from torch import Tensor
 
 from bnlib._core.channels import batch_axes, count, per_channel, wide_dtype
 
-__all__ = ["center", "derivative", "infer", "normalize", "scale_and_shift"]
-
 
 def center(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x - mean`` in the wide type, and the mean of each channel; differentiable in ``x``.

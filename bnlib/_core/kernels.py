@@ -1,22 +1,19 @@
-"""The arithmetic of batch normalization in as few trips to memory as tensor operations allow.
+"""The arithmetic of ``bnlib._core.formulas``, the place to read it, in fewer trips to memory.
 
-What is traded: ``bnlib._core.formulas`` says the same in few lines and is the place to read.  This
-file computes it for large tensors in a fifth of the time, by three devices.  What remains
-against one fused kernel is that each operation passes over a block once more: nine passes in all,
-where a kernel needs four (``benchmarks/batch_norm.py`` measures both).
+Large tensors take a fifth of the time.  Each operation passes over a block once, nine passes in
+all, where one fused kernel would need four (``benchmarks/batch_norm.py`` measures both).
 
-Blocks.  A large tensor does not fit into the cache, and a temporary of its size costs more in fresh
-    pages than the arithmetic on it.  Every loop here goes over blocks that stay in the cache, and
-    the temporaries of one block serve the next.  (A GPU takes the whole tensor as one block.)
+Blocks.  A temporary of the size of a large tensor costs more in fresh pages than the arithmetic on
+    it.  Every loop here goes over blocks that stay in the cache, and the temporaries of one block
+    serve the next.  (A GPU takes the whole tensor as one block.)
 
 One view for two layouts.  A tensor stored channel by channel is read as (N, C, pixels), one stored
     with its channels last as (N * pixels, C, 1).  Such a view is called ``rows`` below.
 
 A pivot where it is needed.  E[x^2] - E[x]^2 loses the digits of mean^2 / var.  Where that ratio is
-    at most ``_SAFE_RATIO`` in every channel, one pass over x gives mean and variance, and
-    ``x * scale + shift`` is as good as ``(x - mean) * scale``.  Otherwise ``x - pivot`` takes the
-    place of x in every formula, with the mean as the pivot: the two-pass algorithm, corrected for
-    the rounding of the mean.  A look at the ratio would make a GPU wait; there it is always taken.
+    at most ``_SAFE_RATIO`` in every channel, one pass over x gives mean and variance.  Otherwise,
+    and on a GPU, which a look at the ratio would make wait, ``x - pivot`` takes the place of x in
+    every formula: the two-pass algorithm, corrected for the rounding of the mean.
 """
 
 from __future__ import annotations
@@ -29,8 +26,6 @@ import torch
 from torch import Tensor
 
 from bnlib._core.channels import wide_dtype
-
-__all__ = ["affine", "gradients", "moments", "pivot"]
 
 _BLOCK = 2**18  # elements of a block, for each thread; 2**16 to 2**19 measure much alike
 _SAFE_RATIO = 64.0

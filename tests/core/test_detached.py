@@ -150,17 +150,17 @@ def test_a_pass_in_evaluation_mode_does_not_count() -> None:
 
 
 @each_kind
-def test_replicas_are_normalized_each_for_itself(kind: str) -> None:
+def test_networks_are_normalized_each_for_itself(kind: str) -> None:
     x = random(30, 6)
-    together = Norm(kind, replicas=2)(x)
+    together = Norm(kind, networks=2)(x)
     alone = torch.cat([Norm(kind)(x[:, :3]), Norm(kind)(x[:, 3:])], dim=1)
     torch.testing.assert_close(together, alone)
 
 
-def test_a_diverged_replica_does_not_stop_its_neighbor() -> None:
+def test_a_diverged_network_does_not_stop_its_neighbor() -> None:
     x = random(30, 6)
     x[0, 0] = torch.inf
-    y = Norm("whiten", replicas=2)(x)
+    y = Norm("whiten", networks=2)(x)
     assert y[:, :3].isnan().all()
     torch.testing.assert_close(y[:, 3:], norm(x[:, 3:], x[:, 3:], "whiten"))
 
@@ -200,10 +200,6 @@ def test_live_restores_when_the_block_fails() -> None:
     assert not layer.live
 
 
-def test_the_options_show_in_print() -> None:
-    assert repr(Norm("whiten", refresh=None)) == "Norm('whiten', live=False, refresh=None)"
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -218,8 +214,8 @@ def test_the_options_show_in_print() -> None:
         (lambda x: Norm("both"), "'both'"),
         (lambda x: Norm(eps=-1e-5), "-1e-05"),
         (lambda x: Norm(refresh=0), "None for never; got 0"),
-        (lambda x: Norm(replicas=0), "replicas.*0"),
-        (lambda x: Norm("whiten", replicas=2)(x), "2 equal groups"),
+        (lambda x: Norm(networks=0), "networks.*0"),
+        (lambda x: Norm("whiten", networks=2)(x), "2 equal groups"),
         (lambda x: live(nn.ReLU()).__enter__(), "ReLU has no"),
     ],
 )

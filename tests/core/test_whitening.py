@@ -289,8 +289,13 @@ def test_layout_in_memory_does_not_matter(method: Method) -> None:
     ("x", "options", "error", "message"),
     [
         (torch.randn(8, 2), {"method": "svd"}, ValueError, r"zca, pca, cholesky; got 'svd'"),
-        (torch.randn(8, 2), {"eps": -1e-3}, ValueError, r"eps must be zero or .* got -0.001"),
-        (torch.randn(8, 2), {"eps": float("nan")}, ValueError, r"got nan"),
+        (
+            torch.randn(8, 2),
+            {"eps": -1e-3},
+            ValueError,
+            r"eps is -0.001; it must be zero or a positive",
+        ),
+        (torch.randn(8, 2), {"eps": float("nan")}, ValueError, r"eps is nan"),
         (torch.randn(8, 2, 3, 3), {}, ValueError, r"\(8, 2, 3, 3\).*movedim"),
         (torch.randn(8, 0), {}, ValueError, r"d > 0 .*\(8, 0\)"),
         (torch.randn(1, 2), {}, ValueError, r"at least two examples.*\(1, 2\)"),
