@@ -75,9 +75,9 @@ class Claim:
     predicate
         The claim as a comparison, such as ``< 1e-6`` or ``>= 2``; empty for a quoted claim.
     interval
-        What the interval is, such as "95 %, five seeds"; ``exact`` where the claim is an identity or
-        a count, whose measurement has no spread; ``none`` where there is one measurement only, which
-        the page says.
+        What the interval is, such as "95 %, five seeds"; ``exact`` where the claim is an identity
+        or a count, whose measurement has no spread; ``none`` where there is one measurement only,
+        as the page then says.
     trial
         What was measured on, and what was smaller than in the paper.
     otherwise
