@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+SEEDS  ?= 1 2 3
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 BIN    := .venv/bin
 BOOK   := _build/book
@@ -20,7 +21,7 @@ EXECUTED = $(NAMES:%=$(BOOK)/chapters/%.ipynb)
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env book chapters test run bench lint lock clean
+.PHONY: help env book chapters test seeds run bench lint lock clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +72,13 @@ $(HTML)/.rendered: $(EXECUTED) $(PAGES) $(MODULES) requirements.lock
 run: env  ## CHAPTER=10_mnist P="steps=2000 seed=1": one chapter with your parameters, to _build/run
 	@$(BIN)/python -m bnlib.book.execute "chapters/$(CHAPTER).ipynb" "_build/run/$(CHAPTER).ipynb" --parameters "$${P-}"
 	@echo "Executed: _build/run/$(CHAPTER).ipynb"
+
+seeds: env  ## SEEDS="1 2 3": every chapter with other seeds, outside the book; prints the verdicts that move
+	-@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(foreach s,$(SEEDS),$(patsubst %,_build/seeds/$(s)/%.ipynb,$(filter-out $(LEDGER),$(NAMES))))
+	@$(BIN)/python -m bnlib.book.seeds $(SEEDS:%=_build/seeds/%)
+
+_build/seeds/%.ipynb: | .venv/.installed
+	@BNLIB_LEDGER_REPORT=1 $(BIN)/python -m bnlib.book.execute chapters/$(notdir $*).ipynb $@ --parameters "seed=$(patsubst %/,%,$(dir $*))"
 
 test: env  ## every test, JOBS at a time; those that read the rendered book need `make book` and Chromium
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

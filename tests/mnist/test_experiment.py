@@ -235,5 +235,5 @@ def test_the_recorded_runs_come_out_again(name: str) -> None:
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="one of slow, best; got 'fast'"):
+    with pytest.raises(ValueError, match="one of slow, best, peak; got 'fast'"):
         mnist_recordings.configured(SMALL, "fast", True)
