@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnlib.inception.layers import ACTIVATIONS, Convolutions, ImageInput
-from bnlib.inception.modules import Inception
+from bnlib.inception.layers import ACTIVATIONS, Convolutions, ImageInput, Inception
 from bnlib.inception.table import FIGURE5, repaired, scaled
 
 __all__ = ["BNInception", "bn_inception"]
@@ -174,18 +173,11 @@ class BNInception(nn.Module):
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The maps after conv1, conv2, 3b, 4d and 5b: at strides 2, 4, 8, 16 and 32.
 
-        Parameters
-        ----------
-        x
-            Images (N, in_chans, H, W).
-
-        Returns
-        -------
-        list of torch.Tensor
-            (N, 64, H/2, W/2), (N, 192, H/4, W/4), (N, 320, H/8, W/8), (N, 576, H/16, W/16) and
-            (N, 1024, H/32, W/32); 608 in the place of 576 with ``pool_proj_4cd=128``; scaled by
-            ``width``.  The stem's poolings (strides 4 and 8) round an odd size down, all else
-            rounds it up.  With ``stem_stride=4`` the strides are 2, 2, 4, 8 and 16.
+        From images (N, in_chans, H, W) to (N, 64, H/2, W/2), (N, 192, H/4, W/4),
+        (N, 320, H/8, W/8), (N, 576, H/16, W/16) and (N, 1024, H/32, W/32); 608 in the place of 576
+        with ``pool_proj_4cd=128``; scaled by ``width``.  The stem's poolings (strides 4 and 8)
+        round an odd size down, all else rounds it up.  With ``stem_stride=4`` the strides are 2, 2,
+        4, 8 and 16.
         """
         stride2, stride4 = self._stem(x)
         return [stride2, stride4] + self._inception_modules(self.pool2(stride4))  # noqa: RUF005
@@ -212,20 +204,7 @@ class BNInception(nn.Module):
 
 
 def bn_inception(**options: Any) -> BNInception:
-    """BN-Inception with the options of :class:`BNInception`, in training mode.
-
-    Parameters
-    ----------
-    **options
-        Keyword arguments of :class:`BNInception`.
-
-    Raises
-    ------
-    TypeError
-        If an option is unknown; the message names the known ones.
-    ValueError
-        As :class:`BNInception` does.
-    """
+    """:class:`BNInception` with these options; a ``TypeError`` for an unknown one names all."""
     known = inspect.signature(BNInception).parameters
     if unknown := sorted(options.keys() - known.keys()):
         raise TypeError(f"unknown options {unknown}; the options are {sorted(known)}")

@@ -16,31 +16,21 @@ __all__ = ["ModuleCost", "module_costs"]
 
 
 class ModuleCost(NamedTuple):
-    """One part of a network, and what it costs.
+    """One part of a network, and what it costs for one image."""
 
-    Attributes
-    ----------
-    name
-        As in ``named_modules``: ``conv1``, ``inception.3a``, ``fc``.
-    parameters
-        Trainable scalars.
-    output
-        Shape of what it returns for one image: (channels, height, width), or (features,).
-    multiply_adds
-        Multiplications, each with its addition, for one image.
-    """
-
-    name: str
-    parameters: int
-    output: tuple[int, ...]
-    multiply_adds: int
+    name: str  #: as in ``named_modules``: ``conv1``, ``inception.3a``, ``fc``
+    parameters: int  #: trainable scalars
+    output: tuple[int, ...]  #: shape: (channels, height, width), or (features,)
+    multiply_adds: int  #: multiplications, each with its addition
 
 
 def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) -> list[ModuleCost]:
     """Parameters, output shape and multiply-adds of every part of the network.
 
     Nothing is computed: a copy of the network runs on PyTorch's ``meta`` device, where tensors have
-    shapes but no values, and ``torch.utils.flop_counter`` counts.
+    shapes but no values, and ``torch.utils.flop_counter`` counts convolutions and matrix products,
+    as is usual in the literature; normalization, activations, pooling and biases, a few percent
+    more, are not counted.
 
     Parameters
     ----------
@@ -58,16 +48,8 @@ def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) ->
 
     Raises
     ------
-    TypeError
-        If ``model`` is not a :class:`~bnlib.inception.architecture.BNInception`.
-    ValueError
-        If the images are smaller than the network takes.
-
-    Notes
-    -----
-    PyTorch's counter counts a multiply-add as two floating-point operations.  Counted are
-    convolutions and matrix products, as is usual in the literature; normalization, activations,
-    pooling and biases, a few percent more, are not.
+    TypeError, ValueError
+        If ``model`` is another network, or the images are smaller than it takes.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
@@ -92,7 +74,7 @@ def module_costs(model: BNInception, image_size: int | tuple[int, int] = 224) ->
     costs = []
     for name, output in outputs.items():
         parameters = sum(p.numel() for p in parts[name].parameters())
-        total = sum(flops.get(f"{root}.{name}", {}).values())
+        total = sum(flops.get(f"{root}.{name}", {}).values())  # two for each multiply-add
         costs.append(ModuleCost(name, parameters, output, total // (2 * images)))
     return costs
 

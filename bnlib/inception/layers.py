@@ -1,16 +1,19 @@
-"""The layers of BN-Inception: convolution with normalization and activation, pooling, input."""
+"""The layers of BN-Inception: convolutions, pooling, the Inception module, the input's check."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnlib.inception.table import Row
 from bnlib.modules import PerActivationBatchNorm
 
-__all__ = ["ConvNormAct", "Convolutions", "ImageInput", "StridedMaxPool"]
+__all__ = ["Convolutions", "ImageInput", "Inception", "StridedMaxPool"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -18,23 +21,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class ConvNormAct(nn.Module):
-    """z = g(BN(W u)): section 3.2's order, for one convolution of the network."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm = norm
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tensor (N, C, H, W) to (N, C', H', W')."""
-        return self.act(self.norm(self.conv(x)))
-
-
 @dataclass(frozen=True)
 class Convolutions:
-    """Makes the convolutions of one network, with the normalization and activation they share."""
+    """Makes the convolutions of one network, with the normalization and activation they share.
+
+    Each is z = g(BN(W u)), section 3.2's order: the layers ``conv``, ``norm`` and ``act``.
+    """
 
     normalized: bool
     activation: str
@@ -44,7 +36,7 @@ class Convolutions:
 
     def __call__(
         self, in_channels: int, channels: int, kernel: int, stride: int = 1, multiplier: int = 0
-    ) -> ConvNormAct:
+    ) -> nn.Sequential:
         """A convolution that keeps the map size, or with stride 2 halves it, rounded up.
 
         With a ``multiplier`` it is separable: a depthwise convolution with that many maps for each
@@ -67,7 +59,8 @@ class Convolutions:
             norm = PerActivationBatchNorm((channels, *self.per_activation), eps=self.eps)
         elif self.normalized:
             norm = nn.BatchNorm2d(channels, eps=self.eps)
-        return ConvNormAct(conv, norm, ACTIVATIONS[self.activation]())
+        act = ACTIVATIONS[self.activation]()
+        return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=act))
 
 
 class StridedMaxPool(nn.Module):
@@ -84,6 +77,45 @@ class StridedMaxPool(nn.Module):
         if height % 2 == 1 or width % 2 == 1:
             x = F.pad(x, (0, width % 2, 0, height % 2), value=float("-inf"))
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
+
+
+class Inception(nn.Module):
+    """One Inception module: a row of the table.
+
+    Up to four branches on the same input, concatenated along the channels: a 1x1 convolution; a 1x1
+    then a 3x3; a 1x1 then two 3x3; a pooling, then a 1x1 projection.  In the modules with stride 2
+    the 1x1 branch is missing and the pooled input passes through without a projection.
+    """
+
+    def __init__(self, row: Row, in_channels: int, conv: Convolutions) -> None:
+        super().__init__()
+        stride = row.stride
+        self.conv1x1 = conv(in_channels, row.conv1x1, 1) if row.conv1x1 else None
+        self.reduce3x3 = conv(in_channels, row.reduce3x3, 1)
+        self.conv3x3 = conv(row.reduce3x3, row.conv3x3, 3, stride)
+        self.reduce_double3x3 = conv(in_channels, row.reduce_double3x3, 1)
+        self.double3x3_1 = conv(row.reduce_double3x3, row.double3x3, 3)
+        self.double3x3_2 = conv(row.double3x3, row.double3x3, 3, stride)
+        self.pool: nn.Module
+        if stride == 2:
+            self.pool = StridedMaxPool()
+        elif row.pool == "avg":
+            self.pool = nn.AvgPool2d(3, 1, 1)
+        else:
+            self.pool = nn.MaxPool2d(3, 1, 1)
+        self.projection = conv(in_channels, row.projection, 1) if row.projection else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to (N, C', H', W')."""
+        pooled = self.pool(x)
+        branches = [
+            self.conv3x3(self.reduce3x3(x)),
+            self.double3x3_2(self.double3x3_1(self.reduce_double3x3(x))),
+            pooled if self.projection is None else self.projection(pooled),
+        ]
+        if self.conv1x1 is not None:
+            branches.insert(0, self.conv1x1(x))
+        return torch.cat(branches, 1)
 
 
 class ImageInput(nn.Module):

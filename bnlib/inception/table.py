@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["FIGURE5", "MODULES", "Row", "repaired", "scaled"]
 
@@ -58,15 +58,9 @@ def scaled(row: Row, width: float) -> Row:
     def times(channels: int) -> int:
         return max(8, 4 * int(channels * width / 4 + 0.5)) if channels else 0
 
-    return row._replace(
-        output=(row.output[0], times(row.output[1])),
-        conv1x1=times(row.conv1x1),
-        reduce3x3=times(row.reduce3x3),
-        conv3x3=times(row.conv3x3),
-        reduce_double3x3=times(row.reduce_double3x3),
-        double3x3=times(row.double3x3),
-        projection=times(row.projection),
-    )
+    fields = ("conv1x1", "reduce3x3", "conv3x3", "reduce_double3x3", "double3x3", "projection")
+    counts: dict[str, Any] = {field: times(getattr(row, field)) for field in fields}
+    return row._replace(output=(row.output[0], times(row.output[1])), **counts)
 
 
 def repaired(pool_proj_4cd: int, width: float = 1.0) -> tuple[Row, ...]:

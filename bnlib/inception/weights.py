@@ -135,9 +135,7 @@ def to_cadene(model: BNInception) -> dict[str, Tensor]:
 
     Raises
     ------
-    TypeError
-        If the model is not a :class:`~bnlib.inception.architecture.BNInception`.
-    ValueError
+    TypeError, ValueError
         If the port cannot compute what this network does; the message says where it differs.
     """
     if not isinstance(model, BNInception):
@@ -167,15 +165,9 @@ def to_cadene(model: BNInception) -> dict[str, Tensor]:
 def cadene_transform(resize: int = 256, size: int = 224) -> Callable[[Any], Tensor]:
     """The port's preparation of images, for networks from :func:`load_cadene`.
 
-    Shorter side to ``resize``, bilinear; the square in the center; channels blue, green, red;
-    values 0 to 255, less the means 104, 117 and 128; no division by a deviation.
-
-    Parameters
-    ----------
-    resize
-        Length of the shorter side in pixels.
-    size
-        Side of the square in pixels, from 32 to ``resize``.
+    Shorter side to ``resize`` pixels, bilinear; the square of ``size`` pixels, from 32 to
+    ``resize``, in the center; channels blue, green, red; values 0 to 255, less the means 104, 117
+    and 128; no division by a deviation.
 
     Returns
     -------
@@ -188,7 +180,7 @@ def cadene_transform(resize: int = 256, size: int = 224) -> Callable[[Any], Tens
     ImportError
         If torchvision is missing.
     ValueError
-        If the square is too small for the network or larger than the image would be.
+        If ``size`` is out of range.
     """
     if not SMALLEST <= size <= resize:
         raise ValueError(
