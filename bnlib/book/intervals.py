@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,7 +44,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
 
 
 def bootstrap(
-    samples: ArrayLike | Sequence[ArrayLike],
+    samples: Sequence[Any] | ArrayLike,
     statistic: Callable[..., float],
     *,
     level: float = 0.95,
@@ -77,7 +78,8 @@ def bootstrap(
     from scipy import stats
 
     several = isinstance(samples, (list, tuple)) and np.ndim(samples[0]) > 0
-    data = tuple(map(np.asarray, samples)) if several else (np.asarray(samples),)
+    each: Sequence[Any] = samples if several else [samples]  # type: ignore[assignment]
+    data = tuple(np.asarray(sample) for sample in each)
     found = stats.bootstrap(
         data,
         statistic,

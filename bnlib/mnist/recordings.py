@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,8 @@ def record_speed(
     )
     for normalize in networks:
         name = f"speed-{network_name(normalize)}"
-        _record(replace(config, normalize=normalize, **FASTEST[normalize]), {name: _curves}, root)
+        fastest: dict[str, Any] = FASTEST[normalize]
+        _record(replace(config, normalize=normalize, **fastest), {name: _curves}, root)
 
 
 def record_threshold(
@@ -184,7 +186,7 @@ def _units(history: History) -> dict[str, np.ndarray]:
     return columns
 
 
-RECORDINGS = {
+RECORDINGS: dict[str, Callable[..., None]] = {
     "sweep": record_sweep,
     "figure": record_figure,
     "peak": partial(record_figure, settings=("peak",)),
