@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with contextlib.ExitStack() as stack:
         record_all: Callable[..., Iterable[str]] = functools.partial(map, _record)
-        if arguments.jobs > 1:  # spawned: a fork of a process with threads may hang
-            context = multiprocessing.get_context("spawn")
+        if arguments.jobs > 1:  # forked, before torch has threads: a manifest holds this command
+            context = multiprocessing.get_context("fork")
             pool = stack.enter_context(context.Pool(arguments.jobs, maxtasksperchild=1))
             record_all = functools.partial(pool.imap_unordered, _record)
         for what in arguments.what:
