@@ -18,9 +18,9 @@ __all__ = ["ModuleCost", "module_costs"]
 class ModuleCost(NamedTuple):
     """One part of a network, and what it costs for one image."""
 
-    name: str  #: as in ``named_modules``: ``conv1``, ``inception.3a``, ``fc``
+    name: str  #: as in ``named_modules``, such as ``inception.3a``
     parameters: int  #: trainable scalars
-    output: tuple[int, ...]  #: shape: (channels, height, width), or (features,)
+    output: tuple[int, ...]  #: its shape, (channels, height, width) or (features,)
     multiply_adds: int  #: multiplications, each with its addition
 
 

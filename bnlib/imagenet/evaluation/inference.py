@@ -40,7 +40,7 @@ class Predicted(NamedTuple):
 
     log_probabilities: Tensor  #: float32 (networks, n, classes)
     labels: Tensor  #: int64 (n,)
-    indices: Tensor  #: int64 (n,): which examples of the source they are
+    indices: Tensor  #: int64 (n,), which examples of the source they are
 
 
 class _Crops(NamedTuple):

@@ -42,7 +42,7 @@ class Evaluated(NamedTuple):
 
     network: str  #: name of its recipe, or ``ensemble``
     models: int  #: networks whose probabilities are averaged
-    crops: int  #: views of each image: 1, 10 or 144
+    crops: int  #: views of each image, 1, 10 or 144
     accuracy: Accuracy  #: over all images
 
 

@@ -57,7 +57,7 @@ def inference_network(state: State, stream: Callable[..., Batches]) -> nn.Module
 
     Those of the population are over the next mini-batches of training; ``stream`` gives this
     process's share of them from a ``start_step`` on.  If they are not finite in any process, that
-    is :class:`Diverged`.
+    is :class:`~bnlib.imagenet.training.state.Diverged`.
     """
     recipe, group, network = state.recipe, state.group, state.averaged()
     if recipe.statistics == "population" and recipe.normalization != "none":
