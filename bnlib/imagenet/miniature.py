@@ -39,8 +39,8 @@ def prepare(tiny: Path, data: Path, classes: int = 20, held_out: int = 150) -> N
     """Copy evenly spaced classes of Tiny ImageNet into ``train/<class>/`` and ``val/<class>/``.
 
     ``tiny`` is Tiny ImageNet as it is distributed, or already as an image folder; anything else is
-    a :class:`~bnlib.imagenet.data.source.SourceError`.  ``held_out`` images of a class are its own 50 for validation, then the
-    last of its training images.
+    a :class:`~bnlib.imagenet.data.source.SourceError`.  ``held_out`` images of a class are its own
+    50 for validation, then the last of its training images.
     """
     names = sorted(each.name for each in (tiny / "train").glob("n*") if each.is_dir())
     if len(names) < classes:
