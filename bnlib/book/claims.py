@@ -198,8 +198,8 @@ class Measurement:
             f'<div class="bn-claim" id="claim-{row.id}">{badge(self.verdict)} '
             f"{lead}{html.escape(row.claim)} <span class='bn-measured'>Measured: "
             f"{html.escape(self.text())}"
-            f"{_ABOUT.get(row.interval, f' (interval: {html.escape(row.interval)})')}. "
-            f"{html.escape(row.trial)} Otherwise: {html.escape(row.otherwise)}</span></div>"
+            f"{_ABOUT.get(row.interval, f' (interval: {html.escape(row.interval)})')}.</span>"
+            f"{trial(row)}</div>"
         )
         payload = {
             "id": row.id,
@@ -210,6 +210,14 @@ class Measurement:
         }
         plain = f"{self.verdict}: {row.claim} {self.text()}."
         return {MIME: payload, "text/html": page, "text/plain": plain}
+
+
+def trial(claim: Claim) -> str:
+    """What was measured on, and what would have turned the verdict, as HTML that unfolds."""
+    return (
+        "<details class='bn-trial'><summary>the trial, and what would have turned it</summary>"
+        f"{html.escape(claim.trial)} Otherwise: {html.escape(claim.otherwise)}</details>"
+    )
 
 
 def badge(verdict: str) -> str:
