@@ -296,7 +296,8 @@ def claim(
     if found.verdict != entry.expected and not os.environ.get(REPORT_ONLY):
         raise AssertionError(
             f"The verdict on {id!r} moved from {entry.expected!r} to {found.verdict!r}: "
-            f"{found.text()}. ({entry.claim}) If this is right, say so in data/paper/claims.csv"
+            f"{found.text()}. ({entry.claim}) If this is right, say so in data/paper/claims.csv; "
+            f"to go on all the same, set {REPORT_ONLY}=1"
         )
     return found
 
