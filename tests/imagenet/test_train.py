@@ -305,6 +305,16 @@ def test_an_evaluation_leaves_training_untouched(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_run_is_evaluated_at_the_steps_asked_for_and_at_its_end(
+    data: Path, tmp_path: Path
+) -> None:
+    train(TINY, data, tmp_path, changed(eval_at="2 5"))
+    assert [row["step"] for row in rows(tmp_path, "evaluation")] == [2, 5, TINY.steps]
+    with pytest.raises(ValueError, match="eval_at is '2 five'"):
+        changed(eval_at="2 five")
+
+
+@pytest.mark.usefixtures("tiny")
 def test_two_processes_share_a_mini_batch_and_average_their_statistics(
     data: Path, tmp_path: Path
 ) -> None:

@@ -118,8 +118,10 @@ def train(recipe: Recipe, data: str | Path, out: str | Path, options: Options) -
         def is_due(every: int) -> bool:
             return state.step == recipe.steps or (every > 0 and state.step % every == 0)
 
+        eval_at = set(map(int, options.eval_at.split()))
+
         def is_evaluation_due() -> bool:
-            return is_due(options.eval_every) or str(state.step) in options.eval_at.split()
+            return is_due(options.eval_every) or state.step in eval_at
 
         try:
             if state.step and is_evaluation_due() and not report.is_evaluated():
