@@ -27,6 +27,7 @@ import yaml
 from papermill import PapermillExecutionError, execute_notebook, inspect_notebook
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ATTEMPTS = 3
 
 
 class ChapterError(RuntimeError):
@@ -98,7 +99,7 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     started = time.monotonic()
     try:
-        execute_notebook(
+        _execute_with_a_free_port(
             chapter,
             partial,
             parameters,
@@ -124,6 +125,22 @@ def execute(chapter: Path, output: Path, parameters: dict[str, Any] | None = Non
         ) from error
     os.replace(partial, output)
     _say(chapter.stem, f"done in {time.monotonic() - started:.1f} s")
+
+
+def _execute_with_a_free_port(*arguments: Any, **options: Any) -> None:
+    """papermill's ``execute_notebook``, again if the kernel does not come up.
+
+    A kernel opens its ports some time after they were seen to be free.  Now and then one that
+    starts at the same moment takes the same.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            execute_notebook(*arguments, **options)
+        except RuntimeError as error:
+            if attempt + 1 == _ATTEMPTS or "before replying" not in str(error):
+                raise
+        else:
+            return
 
 
 def main() -> None:

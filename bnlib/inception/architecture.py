@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnlib.inception.layers import ACTIVATIONS, Convolutions, ImageInput, Inception
+from bnlib.inception.layers import (
+    ACTIVATIONS,
+    Convolutions,
+    ImageInput,
+    Inception,
+    LocalResponseNorm,
+)
 from bnlib.inception.table import FIGURE5, repaired, scaled
 
 __all__ = ["BNInception", "bn_inception"]
@@ -134,10 +140,10 @@ class BNInception(nn.Module):
         multiplier = 8 if stem == "separable" else 0
         self.conv1 = conv(in_chans, channels, first.patch, first.stride, multiplier)
         self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True) if stem_stride == 8 else nn.Identity()
-        self.lrn1 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
+        self.lrn1 = LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
         self.conv2_reduce = conv(channels, second.reduce3x3, 1)
         self.conv2 = conv(second.reduce3x3, second.conv3x3, second.patch)
-        self.lrn2 = nn.LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
+        self.lrn2 = LocalResponseNorm(5, 1e-4, 0.75) if lrn else nn.Identity()
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
 
         channels = second.conv3x3

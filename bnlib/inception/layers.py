@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnlib.inception.table import Row
 from bnlib.modules import PerActivationBatchNorm
 
-__all__ = ["Convolutions", "ImageInput", "Inception", "StridedMaxPool"]
+__all__ = ["Convolutions", "ImageInput", "Inception", "LocalResponseNorm", "StridedMaxPool"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -61,6 +61,22 @@ class Convolutions:
             norm = nn.BatchNorm2d(channels, eps=self.eps)
         act = ACTIVATIONS[self.activation]()
         return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=act))
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's layer on images, with the sum over neighboring channels as additions.
+
+    torch pools over the channels, which on a CPU takes about three times as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor (N, C, H, W) to the same shape."""
+        channels, before = x.shape[1], self.size // 2
+        squares = F.pad(x * x, (0, 0, 0, 0, before, self.size - 1 - before))
+        total = squares[:, :channels]
+        for first in range(1, self.size):
+            total = total + squares[:, first : first + channels]
+        return x * (self.k + self.alpha / self.size * total) ** -self.beta
 
 
 class StridedMaxPool(nn.Module):

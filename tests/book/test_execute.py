@@ -4,6 +4,7 @@ Each test works on a small project in a temporary folder: the real Makefile and 
 chapters and a ledger chapter, and a bnlib of a few empty modules.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import nbformat
 import pytest
 
 from bnlib.book import depends
-from bnlib.book.execute import ChapterError, check, parse_parameters
+from bnlib.book.execute import ChapterError, check, execute, parse_parameters
 
 ROOT = Path(__file__).parents[2]
 EXECUTED = Path("_build/book/chapters")
@@ -181,6 +182,34 @@ def test_a_failing_cell_fails_the_book_with_chapter_cell_and_message(project):
     assert names == {"05_reads_data.ipynb", "partial-04_uses_alpha.ipynb"}
     assert "partial-04_uses_alpha.ipynb" in book.stdout
     assert planned(project) == {"04_uses_alpha", "15_claims"}
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_kernel_that_does_not_come_up_is_started_again(tmp_path, monkeypatch, failures):
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    kernel = f"""
+import os, sys
+with open({str(tmp_path / "starts")!r}, "a+") as starts:
+    starts.write("x")
+    starts.seek(0)
+    if len(starts.read()) <= {failures}:
+        sys.exit("Address already in use")
+os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
+"""
+    argv = [sys.executable, "-c", kernel, "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    (tmp_path / "chapters").mkdir()
+    source, done = chapter(tmp_path, "04_uses_alpha", "1 + 1"), tmp_path / "done.ipynb"
+    if failures == 1:
+        execute(source, done)
+        assert nbformat.read(done, as_version=4).cells[-1].outputs[0].data["text/plain"] == "2"
+    else:
+        with pytest.raises(RuntimeError, match="Kernel died"):
+            execute(source, done)
+    assert (tmp_path / "starts").read_text() == "x" * (2 if failures == 1 else 3)
 
 
 def test_a_chapter_that_is_not_python_fails_as_plainly(project):

@@ -509,6 +509,6 @@ def test_an_adapted_run_goes_on_with_its_own_recipe(data: Path, tmp_path: Path) 
     groups = after["optimizer"]["param_groups"]
     assert [(g["momentum"], g["weight_decay"]) for g in groups] == [(0.5, 0.01), (0.5, 0.0)]
     for name, parameter in TINY.network().named_parameters():
-        for weights in (after["model"][name], after["average"][f"module.{name}"]):
+        for weights in (after["model"][name], after["average"][name]):
             torch.testing.assert_close(weights, first["model"][name], atol=1e-6, rtol=1e-6)
         assert parameter.shape == first["model"][name].shape

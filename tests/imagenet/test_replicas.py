@@ -46,7 +46,7 @@ def state_of(run: State) -> dict[str, Any]:
         {
             "step": run.step,
             "model": run.model.state_dict(),
-            "average": run.average.state_dict() if run.average is not None else {},
+            "average": run.averaged().state_dict() if run.average is not None else {},
             "optimizer": run.optimizer.state_dict(),
         }
     )

@@ -244,8 +244,7 @@ def test_the_averaged_weights_follow_their_formula(
         decay = min(0.35, (1 + step) / (10 + step))
         expected = [decay * a + (1 - decay) * w for a, w in zip(expected, weights, strict=True)]
     average = checkpoint.load(tmp_path)["average"]
-    stripped = {name.removeprefix("module."): value for name, value in average.items()}
-    found = in_optimizers_order(TinyNetwork(TINY), stripped)
+    found = in_optimizers_order(TinyNetwork(TINY), average)
     torch.testing.assert_close(found, expected)
     assert not all(torch.equal(a, w) for a, w in zip(found, watched.weights[-1], strict=True))
 
@@ -269,8 +268,7 @@ def test_evaluation_normalizes_with_algorithm_2s_statistics_of_the_next_mini_bat
     train(TINY.replace(statistics_batches=5), data, tmp_path, QUIET)
     state = checkpoint.load(tmp_path)
     network = TinyNetwork(TINY)
-    average = {k.removeprefix("module."): v for k, v in state["average"].items() if "." in k}
-    network.load_state_dict(average)
+    network.load_state_dict(state["average"])
     stream = batches(open_source(data, "train"), TINY, start_step=TINY.steps)
     population_statistics(network, [images for _, images, _ in itertools.islice(stream, 5)])
     evaluated = load_network(tmp_path)[0].state_dict()
@@ -321,11 +319,10 @@ def test_two_processes_share_a_mini_batch_and_average_their_statistics(
     short = TINY.replace(steps=3, dropout=0.0, statistics_batches=3)
     assert finished(*ranks(2, short, data, [tmp_path], QUIET)) == [0, 0]
     state = checkpoint.load(tmp_path)
-    average = {k.removeprefix("module."): v for k, v in state["average"].items() if "." in k}
     source, found = open_source(data, "train"), []
     for rank in (0, 1):
         network = TinyNetwork(short)
-        network.load_state_dict(average)
+        network.load_state_dict(state["average"])
         stream = batches(source, short, start_step=3, rank=rank, world=2)
         population_statistics(network, [images for _, images, _ in itertools.islice(stream, 3)])
         found.append(network.state_dict())

@@ -114,11 +114,8 @@ def load_network(path: str | Path, source: Source | None = None) -> tuple[nn.Mod
     if source is not None and "classes" in state:
         check_classes(source, state["classes"], f"the training of {path}")
     network = recipe.network()
-    weights = state["model"]
-    if state.get("average"):
-        weights = {k[len("module.") :]: v for k, v in state["average"].items() if "module." in k}
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(state.get("average") or state["model"])
     except RuntimeError as error:
         raise checkpoint.CheckpointError(
             f"the weights in {path} do not fit its own recipe: {error}"

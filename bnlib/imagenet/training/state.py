@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bnlib.imagenet import checkpoint
 from bnlib.imagenet.data.source import Source
@@ -65,7 +65,11 @@ class State:
         if recipe.sync_bn and group.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
-        self.average = AveragedModel(model) if recipe.polyak else None
+        self.average = copy.deepcopy(model) if recipe.polyak else None
+        # listed once: to walk the network takes longer than to average its weights
+        self._averaged_and_present = [
+            list(each.parameters()) for each in (self.average, model) if each is not None
+        ]
         self.optimizer = torch.optim.SGD(
             weight_decay_on_weights(model, recipe.weight_decay),
             lr=recipe.learning_rate,
@@ -84,7 +88,20 @@ class State:
 
     def averaged(self) -> nn.Module:
         """A copy of the network for evaluation, with averaged weights if the recipe averages."""
-        return copy.deepcopy(self.model if self.average is None else self.average.module).eval()
+        if self.average is None:
+            return copy.deepcopy(self.model).eval()
+        network = copy.deepcopy(self.average)
+        for own, of_model in zip(network.buffers(), self.model.buffers(), strict=True):
+            own.copy_(of_model)
+        return network.eval()
+
+    def update_average(self) -> None:
+        """Move the averaged weights towards the present ones, if the recipe averages."""
+        if self.average is None:
+            return
+        # faster at the start, or the average would stay near the initial weights
+        decay = min(self.recipe.polyak, (1 + self.step) / (10 + self.step)) if self.step else 0.0
+        get_ema_multi_avg_fn(decay)(*self._averaged_and_present, None)
 
     def add_loss(self, loss: Tensor, correct: Tensor) -> None:
         """Note the loss of a micro-batch, and the fraction of correct answers."""
@@ -117,7 +134,7 @@ class State:
             "classes": self.classes,
             "step": self.step,
             "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
+            "average": self.averaged().state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "sums": self.sums,
             "logged": self.logged,
@@ -159,7 +176,7 @@ class State:
         try:
             self.model.load_state_dict(found["model"])
             if self.average is not None:
-                self.average.load_state_dict(found["average"] or self.average.state_dict())
+                self.average.load_state_dict(found["average"] or found["model"])
             self.optimizer.load_state_dict(found["optimizer"] | {"param_groups": own})
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(

@@ -10,7 +10,6 @@ import contextlib
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.state import State
@@ -49,11 +48,7 @@ def update_weights(state: State, steps_per_epoch: float) -> None:
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = state.recipe.learning_rate_at(state.step, steps_per_epoch)
     state.optimizer.step()
-    if state.average is not None:
-        # faster at the start, or the average would stay near the initial weights
-        decay = min(state.recipe.polyak, (1 + state.step) / (10 + state.step))
-        state.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
-        state.average.update_parameters(state.model)
+    state.update_average()
     state.step += 1
 
 

@@ -27,7 +27,7 @@ def test_a_runs_folder_its_network_and_its_checkpoint_all_give_the_averaged_weig
         assert recipe == TINY
         assert not network.training
         for name, parameter in network.named_parameters():
-            assert torch.equal(parameter, average[f"module.{name}"]), (place, name)
+            assert torch.equal(parameter, average[name]), (place, name)
     evaluated, saved = (load_network(p)[0].state_dict() for p in (tmp_path, path))
     assert not torch.equal(evaluated["norm1.running_var"], saved["norm1.running_var"])
     (tmp_path / "network.pt").unlink()
