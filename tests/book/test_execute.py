@@ -22,7 +22,7 @@ from bnlib.book.execute import ChapterError, check, execute, parse_parameters
 
 ROOT = Path(__file__).parents[2]
 EXECUTED = Path("_build/book/chapters")
-ALL = {"04_uses_alpha", "05_reads_data", "15_claims"}
+ALL = {"04_uses_alpha", "05_reads_data", "16_claims"}
 
 
 def chapter(project, name, *cells):
@@ -70,7 +70,7 @@ def project(tmp_path):
     (tmp_path / "bnlib" / "runs.py").touch()
     chapter(tmp_path, "04_uses_alpha", "import bnlib.alpha")
     chapter(tmp_path, "05_reads_data", "from bnlib import runs")
-    chapter(tmp_path, "15_claims", "1")
+    chapter(tmp_path, "16_claims", "1")
     (tmp_path / ".venv" / ".installed").touch()
     return tmp_path
 
@@ -128,12 +128,12 @@ def test_only_what_is_out_of_date_is_executed_again(project):
     settle(project)
     # The ledger depends on every other chapter; a chapter on what its imports reach.
     touched = {
-        "chapters/04_uses_alpha.ipynb": {"04_uses_alpha", "15_claims"},
-        "chapters/15_claims.ipynb": {"15_claims"},
-        "bnlib/alpha.py": {"04_uses_alpha", "15_claims"},
-        "bnlib/beta.py": {"04_uses_alpha", "15_claims"},
+        "chapters/04_uses_alpha.ipynb": {"04_uses_alpha", "16_claims"},
+        "chapters/16_claims.ipynb": {"16_claims"},
+        "bnlib/alpha.py": {"04_uses_alpha", "16_claims"},
+        "bnlib/beta.py": {"04_uses_alpha", "16_claims"},
         "bnlib/gamma.py": set(),
-        "data/paper/claims.csv": {"05_reads_data", "15_claims"},
+        "data/paper/claims.csv": {"05_reads_data", "16_claims"},
         "requirements.lock": ALL,
     }
     for name, expected in touched.items():
@@ -181,7 +181,7 @@ def test_a_failing_cell_fails_the_book_with_chapter_cell_and_message(project):
     names = {path.name for path in (project / EXECUTED).iterdir()}
     assert names == {"05_reads_data.ipynb", "partial-04_uses_alpha.ipynb"}
     assert "partial-04_uses_alpha.ipynb" in book.stdout
-    assert planned(project) == {"04_uses_alpha", "15_claims"}
+    assert planned(project) == {"04_uses_alpha", "16_claims"}
 
 
 @pytest.mark.parametrize("failures", [1, 3])
@@ -267,7 +267,7 @@ def test_run_passes_parameters_as_papermill_reads_them(project):
         (
             ["CHAPTER=04_mnist"],
             "there is no chapter '04_mnist' in chapters/; "
-            "known: 04_uses_alpha, 05_reads_data, 15_claims",
+            "known: 04_uses_alpha, 05_reads_data, 16_claims",
         ),
         ([], "there is no chapter ''"),
         (["CHAPTER=04_uses_alpha", "P=steps"], "'steps' is not an assignment"),
