@@ -14,7 +14,7 @@ NAMES  := $(patsubst chapters/%.ipynb,%,$(sort $(wildcard chapters/*.ipynb)))
 LEDGER := $(filter 16_claims,$(NAMES))
 MODULES := $(shell find bnlib -name '*.py')
 DATA   := $(shell find data)
-PAGES  := _config.yml _toc.yml references.bib _static $(wildcard _static/* chapters/*.md)
+PAGES  := _config.yml _toc.yml references.bib $(shell find _static) $(wildcard chapters/*.md)
 EXECUTED = $(NAMES:%=$(BOOK)/chapters/%.ipynb)
 
 # Chapters run in parallel: share the cores between them, and never ask a terminal for anything.

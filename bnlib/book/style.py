@@ -1,8 +1,9 @@
 """One look for every figure of the book.
 
-Figures are SVG on a transparent ground. Lines, text and axes use colors whose contrast is at
-least 3:1 against the white *and* the dark page (text 3.9:1), so one file serves both. They differ
-in lightness as well as in hue and stay apart for the common color deficiencies.
+Figures are SVG on a transparent ground, with text that is text and large enough for a telephone.
+The colors below are for a white page; in the book :mod:`bnlib.book.pages` puts the style sheet's in
+their place, with a contrast of at least 4.5:1 on the light page and on the dark one. They differ in
+lightness as well as in hue and stay apart for the common color deficiencies.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-INK = "#7a7a7a"
-BLUE, ORANGE, GREEN = "#1f83cc", "#d9650b", "#0b9a6d"
-PURPLE, PINK, OCHRE = "#8a6fd1", "#c566a0", "#9a7b1c"
+INK = "#5c5c5c"
+BLUE, ORANGE, GREEN = "#1769aa", "#b84f00", "#087a55"
+PURPLE, PINK, OCHRE = "#6b4fb8", "#a84386", "#7d6213"
 
 #: The same network has the same color in every chapter.
 COLORS = {
@@ -45,13 +46,14 @@ DIVERGING = mpl.colors.LinearSegmentedColormap.from_list(
 SEQUENTIAL = mpl.colormaps["viridis"]
 
 _RC = {
-    "figure.figsize": (6.4, 3.6),
+    "figure.figsize": (4.8, 3.2),
     "figure.constrained_layout.use": True,
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "savefig.transparent": True,
     "svg.hashsalt": "bnlib",
-    "font.size": 10.5,
-    "axes.titlesize": 11,
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),

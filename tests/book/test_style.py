@@ -31,7 +31,7 @@ def test_the_theme_has_the_books_palette_and_a_transparent_ground():
 def test_sizes_and_fonts_that_the_book_leaves_open_are_matplotlibs_and_not_seaborns():
     names = ("axes.labelsize", "xtick.major.size", "lines.markersize", "font.sans-serif")
     assert [mpl.rcParams[name] for name in names] == [mpl.rcParamsDefault[name] for name in names]
-    assert mpl.rcParams["font.size"] == 10.5
+    assert mpl.rcParams["font.size"] == 12
     sns.set_theme()
     assert mpl.rcParams["axes.labelsize"] != mpl.rcParamsDefault["axes.labelsize"]
 

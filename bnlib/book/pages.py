@@ -1,0 +1,115 @@
+"""What the rendered pages have beyond Jupyter Book: a Sphinx extension, named in ``_config.yml``.
+
+* Figures that are SVG stand in the page itself, so that their text can be selected and found, and
+  the colors of :mod:`bnlib.book.style` become those of the style sheet, for the light and the dark
+  page each.
+* A chapter begins with the part of the paper that it treats, the verdicts on its claims, and how
+  long it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+from bnlib.book import style
+from bnlib.book.claims import VERDICTS, gather, read_claims, verdict
+
+__all__ = ["inline_svg", "setup"]
+
+_VARIABLES = {
+    style.INK: "ink",
+    style.BLUE: "blue",
+    style.ORANGE: "orange",
+    style.GREEN: "green",
+    style.PURPLE: "purple",
+    style.PINK: "pink",
+    style.OCHRE: "ochre",
+}
+
+
+def inline_svg(source: str, alt: str) -> str:
+    """An SVG file's content as an element of an HTML page.
+
+    Identifiers get a prefix of their own, as a page has many figures, and style rules, which would
+    apply to the whole page, become attributes of this element alone.
+    """
+    prefix = "f" + hashlib.sha256(source.encode()).hexdigest()[:8]
+    source = source[source.index("<svg") :]
+    source = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<title>.*?</title>", "", source, flags=re.S
+    )
+    rules = "; ".join(re.findall(r"<style[^>]*>\s*\*\s*\{(.*?)\}\s*</style>", source, re.S))
+    source = re.sub(r"<style.*?</style>", "", source, flags=re.S)
+    source = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", source)
+    for color, name in _VARIABLES.items():
+        source = re.sub(rf"(?<!,){color}\b", f"var(--bn-{name},{color})", source, flags=re.I)
+    head, body = source.split(">", 1)
+    head = re.sub(r'\s(version|role|aria-label|xmlns:xlink|style)="[^"]*"', "", head)
+    head = re.sub(r'\s(width|height)="([\d.]+)pt"', _in_pixels, head)
+    head = head.replace(
+        "<svg", f'<svg class="bn-figure" role="img" aria-label="{html.escape(alt)}"', 1
+    )
+    return f'{head} style="{rules.strip()}">{body}'.replace("xlink:href", "href")
+
+
+def _in_pixels(match: re.Match[str]) -> str:
+    return f' {match[1]}="{float(match[2]) * 4 / 3:.0f}"'
+
+
+def _visit_image(translator: Any, node: nodes.image) -> None:
+    path = Path(translator.builder.srcdir, node["uri"])
+    if path.suffix != ".svg" or not path.is_file():
+        type(translator).visit_image(translator, node)
+        return
+    translator.builder.images.pop(node["uri"], None)  # no file beside the page
+    source = path.read_text(encoding="utf-8")
+    translator.body.append(inline_svg(source, node.get("alt", "")))
+    raise nodes.SkipNode
+
+
+def _depart_image(translator: Any, node: nodes.image) -> None:
+    type(translator).depart_image(translator, node)
+
+
+def _begin_chapter(app: Sphinx, doctree: nodes.document) -> None:
+    """Put a line on the paper, the verdicts and the run time below a chapter's title."""
+    path = Path(app.env.doc2path(app.env.docname))
+    title = next(doctree.findall(nodes.title), None)
+    if path.suffix != ".ipynb" or title is None:
+        return
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    parts = []
+    if "paper" in metadata:
+        parts.append(f"<span>In the paper: {html.escape(metadata['paper'])}</span>")
+    found, ledger = gather([path]), read_claims()
+    count = Counter(verdict(ledger[name], found) for name in found)
+    if count:
+        dots = "".join(
+            f'<a class="bn-dot" href="#claim-{name}" data-verdict="{verdict(ledger[name], found)}" '
+            f'title="{html.escape(ledger[name].claim)}" '
+            f'aria-label="{verdict(ledger[name], found)}: {html.escape(ledger[name].claim)}"></a>'
+            for name in sorted(found, key=lambda name: VERDICTS.index(verdict(ledger[name], found)))
+        )
+        words = ", ".join(f"{count[each]} {each}" for each in VERDICTS if count[each])
+        parts.append(f'<span>Claims: {words} <span class="bn-dots">{dots}</span></span>')
+    if seconds := metadata.get("papermill", {}).get("duration"):
+        parts.append(f"<span>Runs in {seconds:.0f} s</span>")
+    if parts:
+        line = nodes.raw("", f'<p class="bn-begin">{"".join(parts)}</p>', format="html")
+        title.parent.insert(title.parent.index(title) + 1, line)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the extension."""
+    app.add_node(nodes.image, override=True, html=(_visit_image, _depart_image))
+    app.connect("doctree-read", _begin_chapter)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
