@@ -48,6 +48,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "==": operator.eq,
 }
+_WORDS = {"<=": "at most", ">=": "at least", "<": "below", ">": "above", "==": "exactly"}
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _PREDICATE = re.compile(r"(<=|>=|==|<|>)\s*(\S+)")
 
 
@@ -131,6 +133,17 @@ class Claim:
         """Whether a measurement comes with an interval."""
         return self.interval not in ("exact", "none")
 
+    @property
+    def in_words(self) -> str:
+        """The predicate, such as "at least 10" or "below 10⁻⁶"."""
+        match = _parse(self.predicate)
+        power = re.fullmatch(r"1e([+-]?)0*(\d+)", match[2])
+        number = match[2]
+        if power:
+            sign = "⁻" if power[1] == "-" else ""
+            number = "10" + sign + power[2].translate(_SUPERSCRIPT)
+        return f"{_WORDS[match[1]]} {number}"
+
     def verdict(self, low: float, high: float) -> str:
         """The verdict on a measurement that lies between ``low`` and ``high``.
 
@@ -189,7 +202,7 @@ class Measurement:
         row, value = self.claim, f"{self.measured:.4g}"
         if row.has_interval:
             value += f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{row.measure} = {value}; the claim is {row.predicate}"
+        return f"{row.measure} = {value}; the claim is: {row.in_words}"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         row = self.claim

@@ -201,3 +201,17 @@ def test_every_predicate_can_come_out_either_way(row):
 
 def test_what_is_ours_or_later_says_so_in_its_column_and_not_in_the_claim():
     assert not [row.id for row in LEDGER.values() if row.claim.startswith("(")]
+
+
+@pytest.mark.parametrize(
+    ("predicate", "words"),
+    [
+        (">= 10", "at least 10"),
+        ("< 1e-11", "below 10⁻¹¹"),
+        ("<= 1e6", "at most 10⁶"),
+        ("== 0", "exactly 0"),
+        ("> -0.5", "above -0.5"),
+    ],
+)
+def test_a_predicate_reads_as_words(predicate, words):
+    assert Claim(**{**ROW, "predicate": predicate}).in_words == words
