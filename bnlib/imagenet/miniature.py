@@ -7,7 +7,8 @@ Tiny ImageNet is 200 of ImageNet's classes at 64x64 pixels.  From its folder::
     python -m bnlib.imagenet.miniature edge sigmoid longer ablation members --data tiny-imagenet-20
 
 About ten hours on two cores.  A run that is recorded is not repeated; one that was interrupted goes
-on from its checkpoint.
+on from its checkpoint.  ``members`` also records what each of its networks says about every
+held-out image, with 1 and with 144 crops: chapter 13 makes its ensembles of that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import functools
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,12 +29,16 @@ from bnlib import runs
 from bnlib.imagenet import fields
 from bnlib.imagenet.data.folders import open_source
 from bnlib.imagenet.data.source import SourceError
+from bnlib.imagenet.evaluation.predictions import record_probabilities, run_name
 from bnlib.imagenet.options import Options
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.training.loop import train
 from bnlib.imagenet.trial import PARTS, Trial
 
 __all__ = ["main", "prepare"]
+
+#: With how many crops the probabilities of a part's networks are recorded.
+_CROPS = {"members": (1, 144)}
 
 
 def prepare(tiny: Path, data: Path, classes: int = 20, held_out: int = 150) -> None:
@@ -69,12 +75,36 @@ def prepare(tiny: Path, data: Path, classes: int = 20, held_out: int = 150) -> N
                 shutil.copyfile(file, folder / file.name)
 
 
-def _record(task: tuple[Recipe, Trial, argparse.Namespace]) -> str:
-    """Train one network and record the run, unless that has been done."""
-    recipe, trial, arguments = task
-    if (arguments.root / trial.experiment / recipe.name / "manifest.json").is_file():
-        return f"{recipe.name}: recorded before"
+def _record(task: tuple[Recipe, Sequence[int], Trial, argparse.Namespace]) -> str:
+    """Train one network, and record the run and its probabilities, unless that has been done."""
+    recipe, crops, trial, arguments = task
     torch.set_num_threads(1)
+    out = arguments.out / trial.experiment / recipe.name
+
+    def is_recorded(name: str) -> bool:
+        return (arguments.root / trial.experiment / name / "manifest.json").is_file()
+
+    if is_recorded(recipe.name):
+        verdict = runs.read(trial.experiment, recipe.name, root=arguments.root).verdict
+        told = "recorded before"
+    else:
+        verdict = _train(recipe, trial, arguments, out)
+        told = str(verdict)
+    for count in crops if verdict.finished else ():
+        name = run_name(recipe.name, count)
+        if is_recorded(name):
+            continue
+        if not (out / "network.pt").is_file():
+            return f"{recipe.name}: {told}; {name} needs {out / 'network.pt'}, which is not there"
+        record_probabilities(
+            out, arguments.data, count, trial.experiment, arguments.root, device=arguments.device
+        )
+        told += f", with {count} crops too"
+    return f"{recipe.name}: {told}"
+
+
+def _train(recipe: Recipe, trial: Trial, arguments: argparse.Namespace, out: Path) -> runs.Verdict:
+    """Train one network to its end, and record the run."""
     options = Options(
         device=arguments.device,
         workers=0,
@@ -86,11 +116,31 @@ def _record(task: tuple[Recipe, Trial, argparse.Namespace]) -> str:
         tensorboard=False,
         experiment=trial.experiment,
     )
-    out = arguments.out / trial.experiment / recipe.name
     verdict = train(recipe, arguments.data, out, options)
     if not verdict.stopped:
         shutil.copytree(out / "recorded", arguments.root, dirs_exist_ok=True)
-    return f"{recipe.name}: {verdict}"
+    return verdict
+
+
+@contextlib.contextmanager
+def _beside(data: Path) -> Iterator[Path]:
+    """Work in the folder that the data lie in, so that manifests hold no path of this machine.
+
+    Gives the data's path from there; the command that manifests hold is the one to be typed there.
+    """
+    before, path = sys.orig_argv, data.absolute()
+    sys.orig_argv = [before[0], *map(_last_part, before[1:])]
+    try:
+        with contextlib.chdir(path.parent):
+            yield Path(path.name)
+    finally:
+        sys.orig_argv = before
+
+
+def _last_part(word: str) -> str:
+    """An argument; if it is an absolute path or sets an option to one, the path's last part."""
+    option, equals, value = word.rpartition("=")
+    return option + equals + Path(value).name if Path(value).is_absolute() else word
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,16 +165,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(arguments.tiny, arguments.data, arguments.classes, arguments.held_out)
     trial = Trial(**fields.given(Trial, arguments))
     arguments.root = arguments.root or runs.data_folder() / "runs"
+    arguments.root, arguments.out = arguments.root.resolve(), arguments.out.resolve()
     source = open_source(arguments.data, "train")
     sizes = len(source), len(source.classes), arguments.root
 
-    def record(recipes: Iterable[Recipe]) -> bool:
+    def record(recipes: Iterable[Recipe], crops: Sequence[int] = ()) -> bool:
         chosen = [each for each in recipes if each.name.startswith(tuple(arguments.only))]
-        for line in record_all([(recipe, trial, arguments) for recipe in chosen]):
+        for line in record_all([(recipe, crops, trial, arguments) for recipe in chosen]):
             print(line, flush=True)
         return bool(chosen)
 
     with contextlib.ExitStack() as stack:
+        arguments.data = stack.enter_context(_beside(arguments.data))
         record_all: Callable[..., Iterable[str]] = functools.partial(map, _record)
         if arguments.jobs > 1:  # forked, before torch has threads: a manifest holds this command
             context = multiprocessing.get_context("fork")
@@ -135,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 while record(trial.search(*sizes)):
                     pass
             elif what in PARTS:
-                record(PARTS[what](trial, *sizes))
+                record(PARTS[what](trial, *sizes), _CROPS.get(what, ()))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from imagenet_runs import use_tiny_network
 from images import write_folder
 
 from bnlib import runs
 from bnlib.imagenet import RECIPES
 from bnlib.imagenet.data.source import SourceError
+from bnlib.imagenet.evaluation.predictions import read_probabilities, run_name
 from bnlib.imagenet.miniature import main, prepare
 from bnlib.imagenet.recipes import Recipe
 from bnlib.imagenet.trial import CHANGES, PARTS, SEARCHED, Trial
@@ -231,3 +233,67 @@ def test_runs_are_recorded_once(
     assert set(run["part"]) == {"training", "held out"}
     main(command)
     assert capsys.readouterr().out == ""
+
+
+def test_the_members_probabilities_are_recorded_once_and_without_a_path_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_tiny_network(monkeypatch)
+    write_folder(tmp_path / "data", train=24, val=4)
+    root, out = tmp_path / "found", tmp_path / "runs"
+    command = (
+        f"members --data {tmp_path / 'data'} --out {out} --root={root} --device cpu "
+        "--long-steps 40 --short-steps 40 --jobs 1 --only search-bn-x5-steps member-1 member-2"
+    ).split()
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "bnlib.imagenet.miniature", *command])
+    main(["search", *command[1:]])
+    assert not [name for name in runs.names(TRIAL.experiment, root=root) if "probabilities" in name]
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out.splitlines() == [
+        f"member-{k}: finished, with 1 crops too, with 144 crops too" for k in (1, 2)
+    ]
+    labels, found = [], []
+    for member, crops in itertools.product(("member-1", "member-2"), (1, 144)):
+        read = read_probabilities(member, crops, TRIAL.experiment, root=root)
+        labels.append(read.labels.tolist())
+        found.append(read.probabilities)
+    assert labels == 4 * [[0] * 4 + [1] * 4 + [2] * 4]
+    assert {tuple(each.shape) for each in found} == {(12, 3)}
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+    folders = root / TRIAL.experiment
+    for path in folders.glob("*/manifest.json"):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), "no path of this machine"
+    manifest = runs.read(TRIAL.experiment, run_name("member-2", 144), root=root).manifest
+    assert manifest["configuration"]["recipes"][0]["name"] == "member-2"
+    assert manifest["dataset"]["name"] == "data/val"
+    assert "members --data data --out runs --root=found --device cpu" in manifest["command"]
+
+    (folders / run_name("member-2", 144) / "manifest.json").unlink()  # as after an interruption
+    before = {path: path.stat().st_mtime_ns for path in folders.rglob("*")}
+    main(command)
+    assert capsys.readouterr().out.splitlines() == [
+        "member-1: recorded before",
+        "member-2: recorded before, with 144 crops too",
+    ]
+    changed = {path.parent.name for path, time in before.items() if path.is_file()
+               and path.stat().st_mtime_ns != time}  # fmt: skip
+    assert changed == {run_name("member-2", 144)}
+    again = read_probabilities("member-2", 144, TRIAL.experiment, root=root)
+    assert torch.equal(again.probabilities, found[-1])
+
+
+def test_a_member_whose_network_is_gone_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "data", train=2, val=1)
+    root = tmp_path / "found"
+    search(root, BEST)
+    (member,) = [r for r in TRIAL.members(6, 3, root) if r.name == "member-1"]
+    record(root, member, 0.5)
+    words = f"members --data {tmp_path / 'data'} --out {tmp_path} --root {root} --jobs 1"
+    main([*words.split(), "--only", "member-1"])
+    told = capsys.readouterr().out
+    assert "recorded before; probabilities-member-1-1 needs" in told
+    assert "network.pt, which is not there" in told
