@@ -55,6 +55,8 @@ def inline_svg(source: str, alt: str) -> str:
     head, body = source.split(">", 1)
     head = re.sub(r'\s(version|role|aria-label|xmlns:xlink|style)="[^"]*"', "", head)
     head = re.sub(r'\s(width|height)="([\d.]+)pt"', _in_pixels, head)
+    if " width=" not in head and (box := re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', head)):
+        head += f' width="{box[1]}" height="{box[2]}"'
     head = head.replace(
         "<svg", f'<svg class="bn-figure" role="img" aria-label="{html.escape(alt)}"', 1
     )

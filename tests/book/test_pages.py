@@ -59,7 +59,9 @@ def test_identifiers_of_two_figures_do_not_meet_and_those_within_one_still_lead_
 
 def test_a_drawings_own_variables_are_left_as_they_are():
     drawing = f'<svg viewBox="0 0 1 1"><path style="fill:var(--bn-ink,{style.INK})"/></svg>'
-    assert inline_svg(drawing, "").count("var(") == 1
+    page = inline_svg(drawing, "")
+    assert page.count("var(") == 1
+    assert ET.fromstring(page).get("width") == "1", "its natural size"
 
 
 class Application:
