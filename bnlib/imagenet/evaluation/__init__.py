@@ -1,1 +1,1 @@
-"""Accuracy of trained networks: crops, ensembles, calibration, and the curves of Figure 3."""
+"""Accuracy of trained networks: crops, ensembles, and the curves of Figure 3."""

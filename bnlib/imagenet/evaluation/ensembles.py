@@ -1,23 +1,19 @@
-"""Means of several networks' probabilities, and intervals for the difference of two predictors.
+"""The mean of several networks' probabilities, and two scores of probabilities.
 
-Every probability tensor is (n, classes): a row an image, a column a class, each row summing to one.
+Every probability tensor is (n, classes): a row an image, a column a class, each row summing to one;
+labels are int64 (n,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST", "Interval", "arithmetic_mean", "geometric_mean", "paired_bootstrap"]
+__all__ = ["arithmetic_mean", "brier_score", "log_losses"]
 
-#: The smallest recorded probability whose logarithm is taken, as one that was rounded to zero would
-#: have an infinite log loss.
-SMALLEST = 1e-12
-_DRAWS = 4000
-_AT_ONCE = 4_000_000  # random indices that are drawn at once
+_SMALLEST = 1e-12  # a recorded probability that was rounded to zero has a finite log loss
 
 
 def arithmetic_mean(members: Sequence[Tensor]) -> Tensor:
@@ -25,60 +21,34 @@ def arithmetic_mean(members: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(members)).mean(0)
 
 
-def geometric_mean(members: Sequence[Tensor]) -> Tensor:
-    """The product of the networks' probabilities to the power 1/M, made to sum to one.
+def log_losses(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Minus the logarithm of the right class's probability, for every image: nats, float64 (n,).
 
-    .. math:: p_k = \\frac{1}{Z} \\Big( \\prod_{m=1}^{M} p_{m,k} \\Big)^{1/M}
-
-    The same as the softmax of the mean of the networks' logits; Heskes (1998) calls it the
-    logarithmic opinion pool.
+    Their mean is the cross-entropy. A probability below ``1e-12`` counts as ``1e-12``; shapes that
+    do not fit, or no image, are a ``ValueError``.
     """
-    return torch.stack(list(members)).clamp_min(SMALLEST).log().mean(0).softmax(1)
+    right = _checked(probabilities, labels).gather(1, labels[:, None])[:, 0]
+    return -right.clamp_min(_SMALLEST).log()
 
 
-class Interval(NamedTuple):
-    """An estimate with an interval around it."""
+def brier_score(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities from the right answer (Brier, 1950).
 
-    estimate: float
-    low: float
-    high: float
+    .. math:: \\frac{1}{n} \\sum_i \\sum_k (p_{ik} - [y_i = k])^2
 
-
-def paired_bootstrap(
-    values: Tensor, statistic: Callable[[Tensor], Tensor], *, seed: int = 0
-) -> Interval:
-    """A 95 % interval for a function of means over images, all predictors on the same images.
-
-    Whole images are drawn with replacement, as many as there are, so that what an image does to
-    one predictor stays with what it does to the others; the interval lies between two percentiles
-    of the statistic over 4000 draws (Efron and Tibshirani, 1993, chapter 13). It tells how the
-    result would change with other images, not with other networks.
-
-    Parameters
-    ----------
-    values
-        (n, k): for each image one number a predictor, such as 1 where it is wrong, else 0.
-    statistic
-        From the means (draws, k) to (draws,). The difference of two predictors is
-        ``lambda means: means[:, 1] - means[:, 0]``.
-    seed
-        Of the drawing.
-
-    Raises
-    ------
-    ValueError
-        If ``values`` is not (n, k) with at least one image.
+    From 0, certain and right, to 2, certain and wrong. Shapes that do not fit, or no image, are a
+    ``ValueError``.
     """
-    if values.ndim != 2 or not len(values):
-        raise ValueError(f"values has the shape {tuple(values.shape)}; it must be (images, k)")
-    values = values.double()
-    n = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for some in torch.arange(_DRAWS).split(max(1, _AT_ONCE // n)):
-        chosen = torch.randint(n, (len(some), n), generator=generator)
-        means = [column[chosen].mean(1) for column in values.unbind(1)]
-        found.append(statistic(torch.stack(means, 1)))
-    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.cat(found).double().quantile(tails).tolist()
-    return Interval(float(statistic(values.mean(0, keepdim=True))), low, high)
+    probabilities = _checked(probabilities, labels)
+    right = torch.nn.functional.one_hot(labels, probabilities.shape[1])
+    return float((probabilities - right).square().sum(1).mean())
+
+
+def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities as float64."""
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
+        raise ValueError(
+            f"probabilities have the shape {tuple(probabilities.shape)} and labels "
+            f"{tuple(labels.shape)}; (n, classes) and (n,) with at least one image are needed"
+        )
+    return probabilities.double()

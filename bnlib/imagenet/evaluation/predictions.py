@@ -1,7 +1,7 @@
 """Recorded evaluations: accuracies for Figure 4, and the probabilities that they come from.
 
-With the probabilities of every held-out image, ensembles of any of the networks, other means and
-calibration are computed without a network or an image, as chapter 13 does.
+With the probabilities of every held-out image, ensembles of any of the networks are computed
+without a network or an image, as chapter 13 does.
 """
 
 from __future__ import annotations

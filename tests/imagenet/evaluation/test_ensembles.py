@@ -1,26 +1,28 @@
-"""Means of probabilities and the paired bootstrap: against the mathematics and SciPy."""
+"""Means of probabilities and their scores: against the mathematics and scikit-learn."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from made_up_probabilities import made_up, make, several
-from scipy import stats
+from sklearn.metrics import brier_score_loss, log_loss
 from torch import Tensor
 
-from bnlib.imagenet.evaluation.calibration import brier_score, log_losses
-from bnlib.imagenet.evaluation.ensembles import arithmetic_mean, geometric_mean, paired_bootstrap
+from bnlib.imagenet.evaluation.accuracy import Accuracy, count_correct
+from bnlib.imagenet.evaluation.ensembles import arithmetic_mean, brier_score, log_losses
 
 
 @several
 @given(made_up)
 def test_averages_are_probabilities(case: tuple[int, int, int, int, float]) -> None:
     members, _ = make(*case)
-    for mean in (arithmetic_mean(members), geometric_mean(members)):
-        assert (mean >= 0).all()
-        torch.testing.assert_close(mean.sum(1), torch.ones_like(mean[:, 0]))
+    mean = arithmetic_mean(members)
+    assert (mean >= 0).all()
+    torch.testing.assert_close(mean.sum(1), torch.ones_like(mean[:, 0]))
 
 
 @several
@@ -29,9 +31,8 @@ def test_the_mean_of_one_network_or_of_equal_networks_is_that_network(
     case: tuple[int, int, int, int, float],
 ) -> None:
     (first, *_), _ = make(*case)
-    for mean in (arithmetic_mean, geometric_mean):
-        torch.testing.assert_close(mean([first]), first, atol=1e-10, rtol=1e-6)
-        torch.testing.assert_close(mean([first] * 3), first, atol=1e-10, rtol=1e-6)
+    for members in ([first], [first] * 3):
+        torch.testing.assert_close(arithmetic_mean(members), first, atol=1e-10, rtol=1e-6)
 
 
 @several
@@ -43,8 +44,7 @@ def test_on_every_single_image_the_log_loss_of_the_mean_is_no_more_than_the_mean
     # nothing so small that the logarithm is cut off
     members = [0.999 * member + 0.001 / member.shape[1] for member in members]
     mean = torch.stack([log_losses(member, labels) for member in members]).mean(0)
-    for average in (arithmetic_mean, geometric_mean):
-        assert (log_losses(average(members), labels) <= mean + 1e-9).all()
+    assert (log_losses(arithmetic_mean(members), labels) <= mean + 1e-9).all()
 
 
 @several
@@ -70,68 +70,55 @@ def test_the_mean_is_no_surer_than_its_members_are_on_average(
     assert (arithmetic_mean(members).amax(1) <= surest + 1e-12).all()
 
 
-def test_the_geometric_mean_is_the_softmax_of_the_mean_logits() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(4, 7, 5, dtype=torch.float64)
-    torch.testing.assert_close(geometric_mean(list(logits.softmax(2))), logits.mean(0).softmax(1))
-
-
-@pytest.mark.parametrize("mean", [arithmetic_mean, geometric_mean])
-def test_networks_that_do_not_match_have_no_mean(mean) -> None:  # type: ignore[no-untyped-def]
+def test_networks_that_do_not_match_have_no_mean() -> None:
     with pytest.raises(RuntimeError, match=r"equal size, but got \[2, 3\] .* and \[2, 4\]"):
-        mean([torch.ones(2, 3), torch.ones(2, 4)])
+        arithmetic_mean([torch.ones(2, 3), torch.ones(2, 4)])
     with pytest.raises(RuntimeError, match="non-empty"):
-        mean([])
+        arithmetic_mean([])
 
 
-# The bootstrap
+# Scores
 
 
-def difference(means: Tensor) -> Tensor:
-    return means[:, 1] - means[:, 0]
+def log_loss_of(predicted: Tensor, labels: Tensor) -> float:
+    return float(log_losses(predicted, labels).mean())
 
 
-def test_the_interval_is_scipys_percentile_bootstrap_of_pairs() -> None:
-    rng = np.random.default_rng(0)
-    hard = rng.random(400)
-    wrong = np.stack([rng.random(400) < 0.8 * hard, rng.random(400) < 0.6 * hard], 1).astype(float)
-    ours = paired_bootstrap(torch.from_numpy(wrong), difference)
-    theirs = stats.bootstrap(
-        (wrong[:, 0], wrong[:, 1]),
-        lambda a, b, axis: b.mean(axis) - a.mean(axis),
-        paired=True, vectorized=True, method="percentile", n_resamples=20_000, batch=2000,
-        random_state=1,
-    ).confidence_interval  # fmt: skip
-    assert ours.estimate == pytest.approx(wrong[:, 1].mean() - wrong[:, 0].mean())
-    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.004)
+@several
+@given(made_up)
+def test_scores_are_scikit_learns(case: tuple[int, int, int, int, float]) -> None:
+    (predicted, *_), labels = make(*case)
+    classes = np.arange(predicted.shape[1])
+    floored = predicted.clamp_min(1e-12)
+    theirs = log_loss(labels, floored / floored.sum(1, keepdim=True), labels=classes)
+    assert log_loss_of(predicted, labels) == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+    counted = Accuracy.from_counts(count_correct(floored.log(), labels))
+    assert log_loss_of(predicted, labels) == pytest.approx(counted.loss, rel=1e-9)
+    # one class against the rest, summed over the classes: the same however scikit-learn scales
+    one_by_one = sum(
+        brier_score_loss((labels == k).int(), predicted[:, k].clamp(0, 1), pos_label=1)
+        for k in classes
+    )
+    assert brier_score(predicted, labels) == pytest.approx(one_by_one, abs=1e-12)
 
 
-def test_pairing_narrows_the_interval_of_predictors_that_fail_on_the_same_images() -> None:
-    wrong = torch.zeros(200, 2)
-    wrong[:80] = 1
-    wrong[:5, 1] = 0  # the second has five more right
-    paired = paired_bootstrap(wrong, difference)
-    unpaired = paired_bootstrap(torch.stack([wrong[:, 0], wrong[:, 1].roll(100)], 1), difference)
-    assert paired.estimate == unpaired.estimate == pytest.approx(-0.025)
-    assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
-    same = paired_bootstrap(wrong[:, [0, 0]], difference)
-    assert same == (0, 0, 0)
+def test_the_brier_score_goes_from_zero_to_two() -> None:
+    certain = torch.tensor([[1.0, 0.0, 0.0]])
+    assert brier_score(certain, torch.tensor([0])) == 0
+    assert brier_score(certain, torch.tensor([2])) == 2
 
 
-def test_the_bootstrap_is_drawn_in_pieces_and_repeats_with_its_seed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    values = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
-    first = paired_bootstrap(values, difference, seed=3)
-    assert paired_bootstrap(values, difference, seed=3) == first
-    assert paired_bootstrap(values, difference, seed=4) != first
-    monkeypatch.setattr("bnlib.imagenet.evaluation.ensembles._AT_ONCE", 120)
-    pieces = paired_bootstrap(values, difference, seed=3)
-    assert pieces.estimate == first.estimate
-    assert pieces == pytest.approx(first, abs=0.05)
+def test_a_class_that_was_ruled_out_costs_a_finite_log_loss() -> None:
+    loss = log_losses(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert loss.item() == pytest.approx(-math.log(1e-12))
 
 
-def test_a_bootstrap_of_nothing_is_refused() -> None:
-    for values in (torch.ones(0, 2), torch.ones(5)):
-        with pytest.raises(ValueError, match=r"must be \(images, k\)"):
-            paired_bootstrap(values, difference)
+@pytest.mark.parametrize("score", [log_losses, brier_score])
+def test_shapes_that_do_not_fit_are_refused(score) -> None:  # type: ignore[no-untyped-def]
+    for predicted, labels in (
+        (torch.ones(3, 2) / 2, torch.zeros(2, dtype=torch.int64)),
+        (torch.ones(3) / 3, torch.zeros(3, dtype=torch.int64)),
+        (torch.ones(0, 2), torch.zeros(0, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match="are needed"):
+            score(predicted, labels)
