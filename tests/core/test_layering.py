@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "imagenet.training": f"{TRAINED} imagenet.evaluation",
     "imagenet.replicas": f"{TRAINED} imagenet.evaluation imagenet.training",
     "imagenet.trial": IMAGENET,
-    "imagenet.miniature": f"{TRAINED} imagenet.training imagenet.trial",
+    "imagenet.miniature": f"{TRAINED} imagenet.evaluation imagenet.training imagenet.trial",
     "book": "runs",
     "": f"{CORE} inception",
     "__main__": f"{TRAINED} imagenet.evaluation imagenet.training book",
