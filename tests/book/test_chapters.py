@@ -65,8 +65,38 @@ def test_every_figure_has_a_caption_a_name_and_a_description(path):
         page = cell.metadata.get("mystnb", {})
         if "figure" in page or "image" in page:
             assert page["figure"]["caption"].rstrip().endswith((".", ")")), cell.id
-            assert re.match(r"fig-\d\d-", page["figure"]["name"]), cell.id
+            assert re.match(r"fig-(\d\d|train)-", page["figure"]["name"]), cell.id
             assert len(page["image"]["alt"]) > 20, cell.id
+
+
+@each_chapter
+def test_every_fold_says_what_it_holds(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if "hide-input" in cell.metadata.get("tags", []):
+            prompt = cell.metadata.get("mystnb", {}).get("code_prompt_show", "")
+            assert prompt.startswith("Code: "), cell.source[:60]
+
+
+@each_chapter
+def test_a_chapter_can_be_read_to_its_end(path):
+    words = visible = 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        tags = set(cell.metadata.get("tags", []))
+        if cell.cell_type == "markdown":
+            words += len(re.sub(r"```+\S*|:\w+:.*", "", cell.source).split())
+        elif not tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"}:
+            visible += sum(bool(line.strip()) for line in cell.source.splitlines())
+    assert words < (3000 if path.stem == "12_imagenet" else 2700)
+    assert visible <= 150
+
+
+@each_chapter
+def test_exercises_are_graded_and_have_a_hint_before_the_solution(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    titles = re.findall(r"^`{3,}\{exercise\} ?(.*)$", text, re.M)
+    assert all(re.match(r"★{1,3} (Pencil first: )?(Implement: )?\w", title) for title in titles)
+    assert text.count("{dropdown} Hint") >= len(titles)
 
 
 @each_chapter
