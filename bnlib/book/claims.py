@@ -38,7 +38,7 @@ NOT_MEASURED = "not measured in this build"
 SOURCES = ("paper", "ours", "later")
 HOW = ("live", "recorded", "quoted")
 #: What kind of failure a claim that is not reproduced is.
-KINDS = ("", "misprint", "failure", "trial too small")
+KINDS = ("", "misprint", "another reading", "failure", "trial too small")
 #: If this variable of the environment is set, another verdict than expected stops nothing.
 REPORT_ONLY = "BNLIB_LEDGER_REPORT"
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
