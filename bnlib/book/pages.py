@@ -93,14 +93,15 @@ def _begin_chapter(app: Sphinx, doctree: nodes.document) -> None:
     if "paper" in metadata:
         parts.append(f"<span>In the paper: {html.escape(metadata['paper'])}</span>")
     found, ledger = gather([path]), read_claims()
-    count = Counter(verdict(ledger[name], found) for name in found)
-    if count:
+    verdicts = {name: verdict(ledger[name], found) for name in found}
+    if verdicts:
         dots = "".join(
-            f'<a class="bn-dot" href="#claim-{name}" data-verdict="{verdict(ledger[name], found)}" '
+            f'<a class="bn-dot" href="#claim-{name}" data-verdict="{verdicts[name]}" '
             f'title="{html.escape(ledger[name].claim)}" '
-            f'aria-label="{verdict(ledger[name], found)}: {html.escape(ledger[name].claim)}"></a>'
-            for name in sorted(found, key=lambda name: VERDICTS.index(verdict(ledger[name], found)))
+            f'aria-label="{verdicts[name]}: {html.escape(ledger[name].claim)}"></a>'
+            for name in sorted(found, key=lambda name: VERDICTS.index(verdicts[name]))
         )
+        count = Counter(verdicts.values())
         words = ", ".join(f"{count[each]} {each}" for each in VERDICTS if count[each])
         parts.append(f'<span>Claims: {words} <span class="bn-dots">{dots}</span></span>')
     if seconds := metadata.get("papermill", {}).get("duration"):
