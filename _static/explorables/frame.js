@@ -10,6 +10,17 @@
   const SVG = "http://www.w3.org/2000/svg";
   const STILL = window.matchMedia("(prefers-reduced-motion: reduce)");
 
+  /* A generator of numbers between 0 and 1 that repeats itself for the same seed (mulberry32). */
+  function random(seed) {
+    let state = seed | 0;
+    return function () {
+      state = (state + 0x6d2b79f5) | 0;
+      let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+      mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+      return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+    };
+  }
+
   /* An SVG element; attributes whose value is undefined are left out. */
   function make(name, attributes, parent, text) {
     const element = document.createElementNS(SVG, name);
@@ -299,7 +310,7 @@
     }
   }
 
-  window.bnExplorables = { number };
+  window.bnExplorables = { number, random };
   window.bnExplorable = function (name, functions, start) {
     window.bnExplorables[name] = functions;
     for (const place of document.querySelectorAll(`[data-explorable="${name}"]`)) {
