@@ -21,7 +21,7 @@ EXECUTED = $(NAMES:%=$(BOOK)/chapters/%.ipynb)
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env book chapters test seeds run bench lint lock clean
+.PHONY: help env book chapters pdf test seeds run bench lint lock clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -68,6 +68,9 @@ $(HTML)/.rendered: $(EXECUTED) $(PAGES) $(MODULES) requirements.lock
 	@cp -p chapters/*.md $(BOOK)/chapters
 	$(BIN)/jupyter-book build -q -W -n --keep-going --all --path-output . $(BOOK)
 	@touch $@
+
+pdf: book  ## the book as one PDF, _build/book.pdf; needs Chromium
+	@$(BIN)/python -m bnlib.book.pdf $(HTML) _build/book.pdf
 
 run: env  ## CHAPTER=10_mnist P="steps=2000 seed=1": one chapter with your parameters, to _build/run
 	@$(BIN)/python -m bnlib.book.execute "chapters/$(CHAPTER).ipynb" "_build/run/$(CHAPTER).ipynb" --parameters "$${P-}"

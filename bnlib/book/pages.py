@@ -5,6 +5,10 @@
   page each.
 * A chapter begins with the part of the paper that it treats, the verdicts on its claims, and how
   long it runs.
+* A page says when its source was changed last, by git.
+* Where ``BOOK_REPOSITORY`` names the repository on GitHub, as in ``owner/name``, the pages have
+  buttons that open a chapter in Colab or Binder and the addresses that they have on GitHub Pages.
+* The bibliography says of each work which chapters and pages cite it, and where.
 """
 
 from __future__ import annotations
@@ -12,19 +16,25 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import math
+import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util.nodes import make_refnode
 
 from bnlib.book import style
 from bnlib.book.claims import VERDICTS, gather, read_claims, verdict
 
 __all__ = ["inline_svg", "setup"]
 
+_ROOT = Path(__file__).parents[2]
 _VARIABLES = {
     style.INK: "ink",
     style.BLUE: "blue",
@@ -111,8 +121,73 @@ def _begin_chapter(app: Sphinx, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, line)
 
 
+def _cited_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Below each work in the bibliography, link to its first citation in every chapter and page."""
+    domain: Any = app.env.get_domain("cite")
+    keys = {
+        work.citation_id: work.key
+        for work in domain.citations
+        if work.bibliography_key.docname == docname
+    }
+    for work in doctree.findall(nodes.citation):
+        places: dict[str, tuple[tuple[float, ...], str]] = {}
+        for each in domain.citation_refs:
+            if keys.get(work["ids"][0]) in {target.key for target in each.targets}:
+                number = app.env.toc_secnumbers.get(each.docname, {}).get("", (math.inf,))
+                places.setdefault(each.docname, (number, each.citation_ref_id))
+        line = nodes.paragraph("", "Cited in: ", classes=["bn-cited"])
+        for page, (number, place) in sorted(places.items(), key=lambda item: item[1][0]):
+            title = app.env.titles[page].astext()
+            name = title if math.inf in number else ".".join(map(str, number))
+            if len(line) > 1:
+                line += nodes.Text(", ")
+            line += make_refnode(app.builder, docname, page, place, nodes.Text(name), title)
+        if places:
+            work += line
+
+
+def _publish(app: Sphinx, config: Config) -> None:
+    """Set what depends on where the book is published."""
+    if not (repository := os.environ.get("BOOK_REPOSITORY")):
+        return
+    owner, _, name = repository.partition("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"BOOK_REPOSITORY is {repository!r}; it must be like 'owner/name'")
+    config.html_baseurl = config.ogp_site_url = f"https://{owner}.github.io/{name}/"
+    config.html_theme_options |= {
+        "repository_url": f"https://github.com/{repository}",
+        "repository_branch": "main",
+        "use_repository_button": True,
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+            "notebook_interface": "jupyterlab",
+        },
+    }
+    config.sitemap_url_scheme = "{link}"
+
+
+def _describe_page(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    if page == "search":
+        app.add_js_file("search.js", loading_method="defer")
+    command = ["git", "log", "-1", "--format=%cs", "--", f"{page}.ipynb", f"{page}.md"]
+    try:
+        log = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return
+    if day := log.stdout.strip():
+        context["last_updated"] = day
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
     app.add_node(nodes.image, override=True, html=(_visit_image, _depart_image))
+    app.connect("config-inited", _publish)
+    if os.environ.get("BOOK_REPOSITORY"):
+        app.setup_extension("sphinx_sitemap")
     app.connect("doctree-read", _begin_chapter)
+    app.connect("doctree-resolved", _cited_in)
+    app.connect("html-page-context", _describe_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
