@@ -133,7 +133,8 @@ def _cited_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         places: dict[str, tuple[tuple[float, ...], str]] = {}
         for each in domain.citation_refs:
             if keys.get(work["ids"][0]) in {target.key for target in each.targets}:
-                number = app.env.toc_secnumbers.get(each.docname, {}).get("", (math.inf,))
+                sections: Any = app.env.toc_secnumbers.get(each.docname, {})
+                number = sections.get("", (math.inf,))
                 places.setdefault(each.docname, (number, each.citation_ref_id))
         line = nodes.paragraph("", "Cited in: ", classes=["bn-cited"])
         for page, (number, place) in sorted(places.items(), key=lambda item: item[1][0]):
