@@ -60,12 +60,12 @@ def join_pages(root: Path, names: list[str]) -> str:
         article = re.sub(
             r'\b(id|for|aria-labelledby|aria-describedby)="', rf'\g<0>{mine}-', article
         )
-        article = re.sub(r"<script(?! type=\"application/json\").*?</script>", "", article, flags=re.S)
+        article = re.sub(r"<script.*?</script>", "", article, flags=re.S)
         parts.append(f'<article class="bd-article" id="{mine}">{article}</article>')
     head = (folder / f"{Path(names[0]).name}.html").read_text(encoding="utf-8")
     head = head[: head.index("<body")]
-    main = f'<main class="bd-content"><div class="bd-article-container">{"".join(parts)}</div></main>'
-    return f'{head}<body class="bn-print">{main}</body></html>'
+    main = f'<div class="bd-article-container">{"".join(parts)}</div>'
+    return f'{head}<body class="bn-print"><main class="bd-content">{main}</main></body></html>'
 
 
 def print_book(root: Path, out: Path, names: list[str], browser: str) -> None:
@@ -83,7 +83,7 @@ def print_book(root: Path, out: Path, names: list[str], browser: str) -> None:
             page.pdf(
                 path=made,
                 format="A4",
-                margin=dict(top="18mm", bottom="18mm", left="18mm", right="18mm"),
+                margin=dict.fromkeys(("top", "bottom", "left", "right"), "18mm"),
                 display_header_footer=True,
                 header_template="<span></span>",
                 footer_template=_FOOTER,
