@@ -58,7 +58,7 @@ def join_pages(root: Path, names: list[str]) -> str:
         article = re.sub(r'\bhref="((?![a-z]+:)[^"]*)"', turn, found[1])
         article = re.sub(r"\burl\(#", f"url(#{mine}-", article)
         article = re.sub(
-            r'\b(id|for|aria-labelledby|aria-describedby)="', rf'\g<0>{mine}-', article
+            r'\b(id|for|aria-labelledby|aria-describedby)="', rf"\g<0>{mine}-", article
         )
         article = re.sub(r"<script.*?</script>", "", article, flags=re.S)
         parts.append(f'<article class="bd-article" id="{mine}">{article}</article>')
@@ -83,7 +83,7 @@ def print_book(root: Path, out: Path, names: list[str], browser: str) -> None:
             page.pdf(
                 path=made,
                 format="A4",
-                margin=dict.fromkeys(("top", "bottom", "left", "right"), "18mm"),
+                margin={"top": "18mm", "bottom": "18mm", "left": "18mm", "right": "18mm"},
                 display_header_footer=True,
                 header_template="<span></span>",
                 footer_template=_FOOTER,
