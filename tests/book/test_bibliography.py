@@ -13,7 +13,7 @@ HTML = ROOT / "_build" / "html" / "chapters"
 WORKS = parse_file(str(ROOT / "references.bib")).entries
 ADDRESSES = {
     "doi": r"10\.\d{4,9}/\S+",
-    "eprint": r"\d{4}\.\d{4,5}",
+    "eprint": r"(0[7-9]|1[0-4])\d\d\.\d{4}|(1[5-9]|[2-9]\d)\d\d\.\d{5}",  # a digit more since 2015
     "url": r"https://[\w-]+(\.[\w-]+)+/\S+",
 }
 
