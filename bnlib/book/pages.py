@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import math
 import os
 import re
 import subprocess
@@ -27,7 +26,6 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.util.nodes import make_refnode
 
 from bnlib.book import style
 from bnlib.book.claims import VERDICTS, gather, read_claims, verdict
@@ -121,32 +119,6 @@ def _begin_chapter(app: Sphinx, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, line)
 
 
-def _cited_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Below each work in the bibliography, link to its first citation in every chapter and page."""
-    domain: Any = app.env.get_domain("cite")
-    keys = {
-        work.citation_id: work.key
-        for work in domain.citations
-        if work.bibliography_key.docname == docname
-    }
-    for work in doctree.findall(nodes.citation):
-        places: dict[str, tuple[tuple[float, ...], str]] = {}
-        for each in domain.citation_refs:
-            if keys.get(work["ids"][0]) in {target.key for target in each.targets}:
-                sections: Any = app.env.toc_secnumbers.get(each.docname, {})
-                number = sections.get("", (math.inf,))
-                places.setdefault(each.docname, (number, each.citation_ref_id))
-        line = nodes.paragraph("", "Cited in: ", classes=["bn-cited"])
-        for page, (number, place) in sorted(places.items(), key=lambda item: item[1][0]):
-            title = app.env.titles[page].astext()
-            name = title if math.inf in number else ".".join(map(str, number))
-            if len(line) > 1:
-                line += nodes.Text(", ")
-            line += make_refnode(app.builder, docname, page, place, nodes.Text(name), title)
-        if places:
-            work += line
-
-
 def _publish(app: Sphinx, config: Config) -> None:
     """Set what depends on where the book is published."""
     if not (repository := os.environ.get("BOOK_REPOSITORY")):
@@ -165,6 +137,7 @@ def _publish(app: Sphinx, config: Config) -> None:
             "notebook_interface": "jupyterlab",
         },
     }
+    config.notfound_urls_prefix = f"/{name}/"
     config.sitemap_url_scheme = "{link}"
 
 
@@ -189,6 +162,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     if os.environ.get("BOOK_REPOSITORY"):
         app.setup_extension("sphinx_sitemap")
     app.connect("doctree-read", _begin_chapter)
-    app.connect("doctree-resolved", _cited_in)
     app.connect("html-page-context", _describe_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

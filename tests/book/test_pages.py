@@ -4,14 +4,17 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pytest
 from docutils.core import publish_doctree
 
 from bnlib.book import style
 from bnlib.book.claims import MIME, read_claims
-from bnlib.book.pages import _begin_chapter, inline_svg
+from bnlib.book.links import _name_places
+from bnlib.book.pages import _begin_chapter, _publish, inline_svg
 
 
 def svg_of_a_figure():
@@ -88,3 +91,34 @@ def test_a_chapter_begins_with_the_papers_section_the_verdicts_and_the_run_time(
     for words in ("section 3", f"#claim-{name}", "Runs in 12 s"):
         assert words in page
     assert page.index("Title") < page.index("bn-begin") < page.index("Text.")
+
+
+def test_a_repository_gives_the_pages_their_addresses_and_buttons(monkeypatch):
+    def configured(repository):
+        config = SimpleNamespace(html_theme_options={})
+        monkeypatch.setenv("BOOK_REPOSITORY", repository)
+        _publish(None, config)
+        return config
+
+    assert vars(configured("")) == {"html_theme_options": {}}
+    config = configured("someone/bn.book")
+    assert config.html_baseurl == "https://someone.github.io/bn.book/"
+    assert config.notfound_urls_prefix == "/bn.book/"
+    assert config.html_theme_options["repository_url"] == "https://github.com/someone/bn.book"
+    with pytest.raises(ValueError, match=r"https://x\.y.*'owner/name'"):
+        configured("https://x.y")
+
+
+def test_only_names_that_cannot_be_words_are_linked_by_their_last_part():
+    objects = dict.fromkeys(
+        [
+            "bnlib.read",
+            "bnlib.batch_norm",
+            "bnlib.BatchNorm",
+            "bnlib.a.twice_so",
+            "bnlib.b.twice_so",
+        ]
+    )
+    domain = SimpleNamespace(objects=objects)
+    app = SimpleNamespace(env=SimpleNamespace(get_domain=lambda _: domain))
+    assert set(_name_places(app)) == {*objects, "batch_norm", "BatchNorm"}
