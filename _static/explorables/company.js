@@ -14,15 +14,17 @@
     return values.map((each) => (each - middle) / Math.sqrt(variance + 1e-300));
   }
 
-  /* The standard deviation of x-hat over mini-batches of m that the text predicts for z. */
-  function predicted(values, z, m) {
-    const [third, fourth] = [3, 4].map((power) => mean(values.map((each) => each ** power)));
-    return Math.sqrt((1 + z * third + ((fourth - 1) * z * z) / 4) / m);
+  /* m times the variance of x-hat over large mini-batches of m, as the text predicts it for z. */
+  function predicted(values, z) {
+    const third = mean(values.map((each) => each * each * each));
+    const fourth = mean(values.map((each) => each * each * each * each));
+    return 1 + z * third + ((fourth - 1) * z * z) / 4;
   }
 
   /* Mean and standard deviation. */
   function moments(values) {
-    return [mean(values), Math.sqrt(mean(values.map((each) => (each - mean(values)) ** 2)))];
+    const middle = mean(values);
+    return [middle, Math.sqrt(mean(values.map((each) => (each - middle) ** 2)))];
   }
 
   bnExplorable("company", { normalized, predicted, moments }, function (panel) {
@@ -92,12 +94,13 @@
       spread.clear();
       spread.scale([1.7, 310], [Math.min(-2, z - 1), Math.max(4, z + 1)]);
       const [low, high] = spread.y;
+      const factor = predicted(values, z);
       const fine = Array.from({ length: 101 }, (_, i) => 2 * 128 ** (i / 100));
       for (const side of [-1, 1]) {
         const inside = ([, y]) => y >= low && y <= high;
         const line = (f) => fine.map((each) => [each, f(each)]).filter(inside);
         spread.line(line((each) => side * Math.sqrt(each - 1)), "purple");
-        const edge = (each) => z + side * predicted(values, z, each);
+        const edge = (each) => z + side * Math.sqrt(factor / each);
         spread.line(line(edge), "ink", { "stroke-dasharray": "2 4", "stroke-width": 1.6 });
       }
       spread.line([[1.7, z], [310, z]], "ink", { "stroke-dasharray": "7 5", "stroke-width": 1.2 });
@@ -117,7 +120,7 @@
               `becomes 1 and the smaller −1; nothing else of them is left.`
           : `In this mini-batch of ${m}, ${number(z)} becomes ${number(mine)}. Over ${TIMES} mini-batches ` +
               `it varies by ${number(deviation, 2)} (standard deviation; ` +
-              `${number(predicted(values, z, m), 2)} is predicted for large m), and it cannot ` +
+              `${number(Math.sqrt(factor / m), 2)} is predicted for large m), and it cannot ` +
               `pass √(m − 1) = ${number(wall)}.`
       );
     };
