@@ -6,15 +6,18 @@ Each opens in Chromium on a bare page of its own, as ``explorable`` writes it, w
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
 from bnlib import batch_norm
 from bnlib.book.explorables import explorable
+from bnlib.imagenet.evaluation.curves import steps_to_level
 from bnlib.inception import bn_inception, module_costs
 from bnlib.inception.table import MODULES
 from bnlib.mnist import Figure1, train
@@ -284,7 +287,8 @@ def test_the_drift_wanders_as_far_as_the_chapter_says(panel):
     drift = panel("drift", **drift_data())
     config = Figure1(seeds=(0,), hidden=(7, 7, 5), steps=60, evaluate_every=3, dataset="digits")
     history = train(config)
-    medians = history.percentiles[0, :, 1].astype(float)
+    history = replace(history, percentiles=history.percentiles.astype(float))
+    medians = history.percentiles[0, :, 1]
     steps = history.steps.tolist()
     last = len(steps) - 1
     found = [drift.call("wandered", steps, unit.tolist(), last) for unit in medians.T]
@@ -306,13 +310,17 @@ def test_the_drift_follows_its_step(panel):
     assert before == 2 * 10 + drift.page.locator(ridges).count()
 
 
-def test_the_drift_plays_to_its_end_and_stops(panel):
+def test_the_drift_plays_from_the_start_until_it_is_stopped(panel):
     drift = panel("drift", **drift_data())
     button = drift.page.get_by_role("button")
-    assert "step 500" not in drift.changed_by(button.click)
-    assert button.inner_text() == "Stop"
-    drift.changed_by(lambda: drift.page.wait_for_timeout(1500))
-    button.click()
+
+    def watch():
+        button.click()
+        assert button.inner_text() == "Stop"
+        drift.page.wait_for_timeout(1500)
+        button.click()
+
+    assert "step 500" not in drift.changed_by(watch)
     assert button.inner_text() == "Watch it train"
 
 
@@ -421,3 +429,54 @@ def test_figure_5_shows_the_sum_that_fails_and_the_needle_at_the_paper(panel):
     figure.changed_by(page.get_by_label("separable").check)
     figure.changed_by(page.locator("svg rect[fill=transparent]").nth(2).click)
     assert page.get_by_label("Row of Figure 5").input_value() == "3c"
+
+
+# --- Chapter 12: steps to a level ----------------------------------------------------------------
+
+
+def with_none(values):
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def test_the_steps_to_a_level_are_bnlibs(panel):
+    curve = {"steps": [1, 2], "seeds": {"0": [0.1, 0.2]}}
+    arms = {"A": {"inception": curve}}
+    steps = panel("steps", arms=arms, names={"inception": "Inception"}, printed={})
+    draw = np.random.default_rng(7)
+    for trial in range(40):
+        at = np.cumsum(draw.integers(1, 1000, 12))
+        values = np.sort(draw.uniform(size=12)) + draw.normal(scale=0.1, size=12)
+        values[12 - trial % 5 :] = np.nan
+        for level in (-1, *draw.uniform(size=5), *values[:3], 2):
+            expected = steps_to_level(pd.Series(values, at), level)
+            found = steps.call("stepsTo", at.tolist(), with_none(values), float(level))
+            if np.isinf(expected):
+                assert found == expected
+            else:
+                agree(found, expected)
+        other = draw.uniform(size=12)
+        found = steps.call("mean", [with_none(values), with_none(other)])
+        expected = pd.DataFrame([values, other]).mean(skipna=False)
+        assert [each is None for each in found] == expected.isna().tolist()
+        agree(found[: 12 - trial % 5], expected.dropna())
+
+
+def test_the_steps_follow_the_level_the_end_and_the_seed(panel):
+    at = [100, 200, 400, 800]
+    slow = {"0": [0.1, 0.2, 0.3, 0.4], "1": [0.1, 0.2, 0.3, 0.5]}
+    fast = {"0": [0.2, 0.4, 0.6, 0.6], "1": [0.3, 0.45, 0.6, 0.7]}
+    arm = {"inception": {"steps": at, "seeds": slow}, "bn-x5": {"steps": at, "seeds": fast}}
+    names = {"inception": "Inception", "bn-x5": "BN-x5"}
+    steps = panel("steps", arms={"A": arm}, names=names, printed={"bn-x5": 14.8})
+    page = steps.page
+    said = steps.changed_by(lambda: page.get_by_label("Seed").select_option("0"))
+    assert "reaches 40.0 % after 800 steps" in said
+    assert "needs 4 times fewer" in said
+    said = steps.changed_by(lambda: steps.set("Stop Inception after", 1))
+    assert "reaches 20.0 % after 200 steps" in said
+    assert "needs 2 times fewer" in said
+    said = steps.changed_by(lambda: steps.set("Accuracy level", 0.5))
+    assert not page.get_by_label("keep the level").is_checked()
+    assert "does not reach 50.0 %" in said
+    assert "BN-x5 needs 300 steps" in said
+    steps.changed_by(page.get_by_label("keep the level").check)
