@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_NEEDED = (
+    "The commands need: pip install pillow scikit-learn tensorboard torchcodec torchvision tqdm"
+)
 FINISHED, FAILED, USAGE, DIVERGED = 0, 1, 2, 3
 EXIT_CODES = """\
 exit codes: 0 finished, or stopped by SIGTERM or SIGINT with a checkpoint, from
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[argv[0]](argv[1:])
     except ImportError as error:
-        print(f"{error}: install it with pip install 'bnlib[train]'", file=sys.stderr)
+        print(f"{error}. {_NEEDED}", file=sys.stderr)
     except Exception as error:
         ours = type(error).__module__.startswith("bnlib.")
         killed = str(error).startswith("DataLoader worker")

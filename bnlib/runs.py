@@ -118,9 +118,7 @@ class Run:
         try:
             import pandas as pd
         except ImportError as error:
-            raise ImportError(
-                "Run.frame() needs pandas: `pip install pandas` or `pip install 'bnlib[book]'`"
-            ) from error
+            raise ImportError("Run.frame() needs pandas: pip install pandas") from error
         taken = [label for label in labels if label in self.columns]
         if taken:
             raise ValueError(f"the run has a column {taken[0]!r} already; name the label otherwise")
@@ -132,14 +130,15 @@ class Run:
 
 
 def data_folder() -> Path:
-    """The project's ``data`` folder, beside the package in a checkout or in the working folder."""
-    beside = Path(__file__).resolve().parents[1] / "data"
-    for folder in (beside, Path.cwd() / "data", Path.cwd().parent / "data"):
+    """The project's ``data`` folder: beside the package in a checkout, within it if installed."""
+    package = Path(__file__).resolve().parent
+    places = (package.parent / "data", package / "data", Path("data"), Path("..", "data"))
+    for folder in map(Path.absolute, places):
         if (folder / "paper").is_dir():
             return folder
     raise RunError(
-        "the project's data folder was not found beside the package or in the working folder; "
-        "run from a checkout of the project, or install it with `pip install -e .`"
+        "the project's data folder was not found: not beside the package, nor in it, nor in the "
+        "working folder; run from a checkout of the project"
     )
 
 

@@ -285,4 +285,4 @@ def test_what_a_command_lacks_is_told_with_the_remedy(
 
     monkeypatch.setitem(COMMANDS, "train", lacking)
     assert main(["train"]) == FAILED
-    assert "pip install 'bnlib[train]'" in capsys.readouterr().err
+    assert "No module named 'tqdm'. The commands need: pip install pillow" in capsys.readouterr().err

@@ -95,8 +95,8 @@ def load_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise SourceError(
-            "Hugging Face data sets and packed copies need the package datasets: pip install "
-            "'bnlib[hub]'"
+            "Hugging Face data sets and packed copies need the package datasets: "
+            "pip install datasets"
         ) from error
     return datasets
 

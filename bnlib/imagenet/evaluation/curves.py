@@ -2,7 +2,7 @@
 
 A recorded run is one network from one seed, named ``bn-x5`` or ``bn-x5-seed-2``; runs of the same
 network are read together as :class:`Curves`, whether they are of the miniature or of full size.
-pandas is needed (``pip install 'bnlib[book]'``)::
+pandas is needed::
 
     print(figure3("imagenet", ["inception", "bn-baseline", "bn-x5", "bn-x30"]))
 """
