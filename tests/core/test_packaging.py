@@ -1,4 +1,4 @@
-"""What is distributed: a wheel that runs chapters without a checkout, a source archive with tests."""
+"""What is distributed: a wheel that runs a chapter alone, a source archive that tests and builds."""
 
 import os
 import subprocess
