@@ -91,8 +91,8 @@
       const way = ({ percentiles }) =>
         number(wandered(steps, percentiles.map((each) => each[1]), now), 2);
       panel.say(
-        `At step ${steps[now].toLocaleString("en")} the middle input ${tell(networks[0])} without BN; ` +
-          `with BN it ${tell(networks[1])}.` +
+        `At step ${steps[now].toLocaleString("en")} the middle input ${tell(networks[0])} ` +
+          `without BN; with BN it ${tell(networks[1])}.` +
           (steps[now] > 0.1 * last
             ? ` After the first tenth of training the middle has wandered over ${way(networks[0])} ` +
               `without BN, over ${way(networks[1])} with it.`

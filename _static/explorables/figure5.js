@@ -45,9 +45,9 @@
   /* The parts of the network for an image of 224 x 224: {name: [parameters, multiply-adds]}. */
   function network(rows, { projection, bias, separable }) {
     const depthwise = 7 * 7 * 3 * 8;
-    const mixed = layer(1, 24, 64, 112, bias);
+    const first = [layer(1, 24, 64, 112, bias), [depthwise, depthwise * 112 ** 2]];
     const parts = {
-      conv1: separable ? together([mixed, [depthwise, depthwise * 112 ** 2]]) : layer(7, 3, 64, 112, bias),
+      conv1: separable ? together(first) : layer(7, 3, 64, 112, bias),
       conv2_reduce: layer(1, 64, 64, 56, bias),
       conv2: layer(3, 64, 192, 56, bias),
     };
@@ -124,8 +124,10 @@
           box(x, 52 + 40 * level, 102, words, words.includes("×") ? "blue" : "ink")
         );
       });
-      const print = rows.find((each) => each.type === row.type).printed;
-      const differs = print === row.channels ? "as printed" : `the figure prints ${print}`;
+      const [side, channels] = row.output; // as printed
+      const print = channels === row.channels ? [] : [channels];
+      if (side !== row.sideAfter) print.push(`${side}×${side}`);
+      const differs = print.length ? `the figure prints ${print.join(", ")}` : "as printed";
       text(240, 249, `= ${row.channels} channels, ${row.sideAfter}×${row.sideAfter} (${differs})`);
     }
 

@@ -108,7 +108,8 @@
         curves.dot([there, goal], color(name));
         if (reference === Infinity) return `${names[name]} needs ${grouped(there)} steps`;
         const times = reference / there;
-        ratios.line([[1, k + 0.5], [times, k + 0.5]], color(name), { "stroke-width": 10, opacity: 0.5 });
+        const thick = { "stroke-width": 10, opacity: 0.5 };
+        ratios.line([[1, k + 0.5], [times, k + 0.5]], color(name), thick);
         ratios.dot([times, k + 0.5], color(name));
         return `${names[name]} needs ${number(times, 2)} times fewer`;
       });
