@@ -1,4 +1,4 @@
-"""What is distributed: a wheel that runs a chapter alone, a source archive that tests and builds."""
+"""What is distributed: a wheel that runs a chapter alone, and a source archive that tests."""
 
 import os
 import subprocess
