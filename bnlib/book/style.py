@@ -8,18 +8,9 @@ lightness as well as in hue and stay apart for the common color deficiencies.
 
 from __future__ import annotations
 
-import html
-import re
-import tempfile
-from pathlib import Path
-from typing import Any
-
 import matplotlib as mpl
-import matplotlib.animation
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -65,7 +56,6 @@ _RC = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
-    "animation.embed_limit": 6,
 }
 
 
@@ -100,28 +90,3 @@ def label_line(
         ha="left" if dx >= 0 else "right",
         annotation_clip=False,
     )
-
-
-class _TransparentWriter(matplotlib.animation.HTMLWriter):
-    """matplotlib's player; its frames, else painted white, keep the ground of the page."""
-
-    def grab_frame(self, **savefig_kwargs: Any) -> None:
-        super().grab_frame(**{**savefig_kwargs, "facecolor": "none", "transparent": True})
-
-
-def animation_html(animation: matplotlib.animation.Animation, *, alt: str, fps: int = 6) -> Any:
-    """Return an animation as HTML that plays in a static page, without any outside script.
-
-    ``alt`` says what it shows, for those who cannot see it. The still figure is closed, so that the
-    page shows the animation once. matplotlib asks another host for its buttons' icons; that request
-    is taken out, as the pages and Jupyter have them.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "animation.html")
-        writer = _TransparentWriter(fps=fps, embed_frames=True, default_mode="loop")
-        animation.save(path, writer=writer)
-        page = path.read_text(encoding="utf-8")
-    page = re.sub(r"<link\b[^>]*>", "", page)
-    page = page.replace("<img ", f'<img alt="{html.escape(alt)}" ', 1)
-    plt.close("all")
-    return HTML(page)

@@ -125,7 +125,7 @@ def train(
         By default one for each of ``config.seeds`` with the configuration's learning rate and
         deviation. A sweep names its own.
     keep_inputs
-        Also keep the sigmoid inputs themselves, for an animation.
+        Also keep the sigmoid inputs themselves, for the panel of chapter 10.
 
     Raises
     ------
