@@ -192,7 +192,7 @@
       const field = this.range(words, {
         min: Math.log10(min),
         max: Math.log10(max),
-        step: 0.01,
+        step: "any",
         value: Math.log10(value),
         show: () => show(field.read()),
       });
