@@ -8,6 +8,8 @@ lightness as well as in hue and stay apart for the common color deficiencies.
 
 from __future__ import annotations
 
+import warnings
+
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
@@ -62,6 +64,8 @@ _RC = {
 def use() -> None:
     """Set seaborn's theme, and with it matplotlib, to the style of the book for this session."""
     set_matplotlib_formats("svg")
+    # seaborn's grids of panels choose this layout themselves
+    warnings.filterwarnings("ignore", "The figure layout has changed to tight")
     # Where the book asks for nothing, matplotlib's own sizes and fonts and not seaborn's.
     themed = (*sns.axes_style(), *sns.plotting_context())
     defaults = {name: mpl.rcParamsDefault[name] for name in themed}

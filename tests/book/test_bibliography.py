@@ -95,7 +95,7 @@ def test_a_work_names_the_chapters_by_number_then_other_pages_by_title(tmp_path)
     for name, text in pages.items():
         (tmp_path / f"{name}.rst").write_text(text)
     settings = {
-        "extensions": ["sphinxcontrib.bibtex", "bnlib.book.pages"],
+        "extensions": ["sphinxcontrib.bibtex", "bnlib.book.links"],
         "bibtex_bibfiles": ["w.bib"],
         "html_theme": "basic",
     }
