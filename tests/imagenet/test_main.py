@@ -285,4 +285,5 @@ def test_what_a_command_lacks_is_told_with_the_remedy(
 
     monkeypatch.setitem(COMMANDS, "train", lacking)
     assert main(["train"]) == FAILED
-    assert "No module named 'tqdm'. The commands need: pip install pillow" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No module named 'tqdm'. The commands need: pip install pillow" in said
