@@ -238,6 +238,7 @@
         cancelAnimationFrame(frame);
         frame = 0;
         button.textContent = words;
+        this.says.style.visibility = ""; // while all moves, no sentence is right for long
       };
       button.addEventListener("click", () => {
         if (frame) return stop();
@@ -245,6 +246,7 @@
         const from = Number(slider.value) < high ? Number(slider.value) : low;
         const begun = performance.now();
         button.textContent = "Stop";
+        this.says.style.visibility = "hidden";
         const advance = (now) => {
           const value = from + ((now - begun) / 1000 / seconds) * (high - low);
           slider.value = Math.min(value, high);

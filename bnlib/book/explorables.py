@@ -27,5 +27,5 @@ def explorable(name: str, label: str, invitation: str, **data: Any) -> HTML:
         f'<div class="bn-explorable" data-explorable="{name}" role="group" '
         f'aria-label="{html.escape(label)}"><p><strong>Try it.</strong> {invitation}</p>'
         f'<script type="application/json">{numbers}</script><noscript><p>This panel needs scripts; '
-        f"the figures of this page show what it shows.</p></noscript></div>{scripts}"
+        f"the figures of its chapter show what it shows.</p></noscript></div>{scripts}"
     )

@@ -119,6 +119,11 @@ def _begin_chapter(app: Sphinx, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, line)
 
 
+def _choose_scripts(app: Sphinx, config: Config) -> None:
+    """Load one script on every page; Jupyter Book would load all that lie in ``_static``."""
+    config.html_js_files = [("page.js", {"defer": "defer"})]
+
+
 def _publish(app: Sphinx, config: Config) -> None:
     """Set what depends on where the book is published."""
     if not (repository := os.environ.get("BOOK_REPOSITORY")):
@@ -160,6 +165,7 @@ def _describe_page(
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
     app.add_node(nodes.image, override=True, html=(_visit_image, _depart_image))
+    app.connect("config-inited", _choose_scripts)
     app.connect("config-inited", _publish)
     if os.environ.get("BOOK_REPOSITORY"):
         app.setup_extension("sphinx_sitemap")

@@ -50,7 +50,7 @@ def test_hugging_face_data_sets_give_the_same_examples(
 
 def test_a_missing_package_for_hugging_face_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SourceError, match=r"pip install 'bnlib\[hub\]'"):
+    with pytest.raises(SourceError, match=r"pip install datasets"):
         open_source("hf:ILSVRC/imagenet-1k", "train")
 
 
