@@ -6,7 +6,7 @@
   function reach() {
     for (const element of document.querySelectorAll(scrollers)) {
       const moves = ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
-      if (moves && element.scrollWidth > element.clientWidth + 1) {
+      if (moves && element.scrollWidth > element.clientWidth) {
         element.tabIndex = 0;
         if (element.tagName !== "TABLE" && !element.hasAttribute("role")) {
           element.setAttribute("role", "region");
@@ -20,5 +20,7 @@
     if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
     reach();
     window.addEventListener("resize", reach);
+    await document.fonts.ready; // formulas change their width with their fonts
+    reach();
   });
 })();

@@ -160,6 +160,7 @@ TYPESET = """async () => {
       await new Promise(done => setTimeout(done, 50));
     await window.MathJax.startup.promise;
   }
+  await document.fonts.ready;
   return {
     all: math.length,
     bare: math.filter(e => !e.querySelector("mjx-container")).map(e => e.textContent),
