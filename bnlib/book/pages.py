@@ -8,7 +8,6 @@
 * A page says when its source was changed last, by git.
 * Where ``BOOK_REPOSITORY`` names the repository on GitHub, as in ``owner/name``, the pages have
   buttons that open a chapter in Colab or Binder and the addresses that they have on GitHub Pages.
-* The bibliography says of each work which chapters and pages cite it, and where.
 """
 
 from __future__ import annotations
